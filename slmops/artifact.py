@@ -1,0 +1,425 @@
+"""What does an output folder of slmops hold, where did it come from, and is it whole and unchanged?
+
+Every verb that writes a folder writes it as `OUT.partial`, puts `slmops.json` into it last, and renames it to `OUT`.
+So a folder with a manifest is complete, and one without is not an artefact of slmops. The manifest lists each file
+with its hash and carries a digest of itself: a hand-edited manifest is a changed artefact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from slmops import environment
+from slmops.errors import BadArtifact, RunFailed
+
+MANIFEST = "slmops.json"
+SCHEMA = 1
+Kind = Literal["adapter", "model", "export", "package", "dataset", "evaluation", "verification", "benchmark", "pipeline"]
+# Hugging Face weights; optimizer states and the like are not the model.
+_WEIGHTS = ("*.safetensors",)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class Input(BaseModel):
+    """One thing that an artefact was made from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    role: str
+    """What it was to the verb: model, base, adapter, dataset, baseline ..."""
+    path: str
+    """Relative to the artefact's own folder, or a hub id with `revision`."""
+    sha256: str
+    revision: str | None = None
+
+
+class FileRecord(BaseModel):
+    """Size and hash of one file of an artefact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """The content of `slmops.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    schema_version: int = SCHEMA
+    kind: Kind
+    created: str
+    version: str
+    command: str
+    seconds: float = 0.0
+    config: dict[str, Any] = {}
+    inputs: list[Input] = []
+    files: dict[str, FileRecord] = {}
+    environment: dict[str, Any] = {}
+    warnings: list[str] = []
+    metrics: dict[str, Any] = {}
+    interface: dict[str, Any] | None = None
+    """How text goes in and out (`slmops.data.Interface`): templates, BOS rule, stop tokens. None where none applies."""
+    facts: dict[str, Any] = {}
+    """What only this kind has: precision and recipe of an export, token counts of a training run."""
+    digest: str = ""
+    """sha256 of everything above."""
+
+    def input(self, role: str) -> Input | None:
+        """Return the input of that role, or None."""
+        return next((item for item in self.inputs if item.role == role), None)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete folder of slmops: where it is and what its manifest says."""
+
+    path: Path
+    manifest: Manifest
+
+    def document(self) -> dict[str, Any]:
+        """Return what `--json` prints of a verb that wrote this folder."""
+        manifest = self.manifest
+        return {
+            "command": manifest.command,
+            "ok": True,
+            "artifact": str(self.path),
+            "kind": manifest.kind,
+            "seconds": manifest.seconds,
+            "warnings": manifest.warnings,
+            "metrics": manifest.metrics,
+            **manifest.facts,
+        }
+
+    def find(self, role: str) -> Path | None:
+        """Return the folder of an input if it is still where it was and unchanged by name; None otherwise."""
+        item = self.manifest.input(role)
+        if item is None:
+            return None
+        place = Path(os.path.normpath(self.path / item.path))
+        return place if place.exists() else None
+
+
+@dataclass
+class Draft:
+    """An artefact being written: a partial folder and the manifest so far."""
+
+    folder: Path
+    """Write files here."""
+    out: Path
+    """Where the folder will be once complete."""
+    kind: Kind
+    command: str
+    config: dict[str, Any]
+    inputs: list[Input] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    interface: dict[str, Any] | None = None
+    artifact: Artifact | None = None
+    """The finished artefact, after the `with` block."""
+
+    def add_input(self, role: str, path: Path | str, sha256: str | None = None) -> None:
+        """Record what the artefact is made from; its hash is taken unless given."""
+        place = Path(path)
+        relative = os.path.relpath(place.resolve(), self.out.resolve())
+        self.inputs.append(Input(role=role, path=relative, sha256=sha256 or fingerprint(place)))
+
+    def warn(self, text: str) -> None:
+        """Record something that the user should know, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def done(self) -> Artifact:
+        """Return the finished artefact.
+
+        Raises:
+            RunFailed: the draft was not completed.
+        """
+        if self.artifact is None:
+            raise RunFailed(f"{self.out} was not completed")
+        return self.artifact
+
+
+@contextmanager
+def create(
+    out: Path | str, *, kind: Kind, command: str, config: dict[str, Any] | None = None, force: bool = False, keep_partial: bool = False
+) -> Iterator[Draft]:
+    """Write an artefact: `with create(out, kind="model", command="merge") as draft:`.
+
+    The folder appears at `out` when the block ends without an error, and not before. On an error or Ctrl-C what was
+    written is removed, unless `keep_partial` (training keeps its checkpoints for `--resume`).
+
+    Raises:
+        BadArtifact: `out` holds something already and `force` is not set, or is not a folder of slmops at all.
+        RunFailed: the disk is full or not writable.
+    """
+    out = Path(out)
+    refuse_occupied(out, force=force)
+    partial = partial_folder(out)
+    if partial.exists() and not keep_partial:
+        shutil.rmtree(partial)
+    started = time.perf_counter()
+    try:
+        partial.mkdir(parents=True, exist_ok=keep_partial)
+        draft = Draft(folder=partial, out=out, kind=kind, command=command, config=config or {})
+        yield draft
+        draft.artifact = _complete(draft, time.perf_counter() - started)
+    except BaseException as error:
+        if not keep_partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise RunFailed(*_write_failure(out, error)) from error
+        raise
+
+
+def partial_folder(out: Path) -> Path:
+    """Return where an artefact is written until it is complete."""
+    return out.parent / f"{out.name}.partial"
+
+
+def refuse_occupied(out: Path | str, *, force: bool) -> None:
+    """Raise BadArtifact unless `out` is free, empty, or an artefact of slmops that `force` allows to replace."""
+    out = Path(out)
+    if out.is_file():
+        raise BadArtifact(f"{out} is a file, not a folder to write to", "choose another folder with -o")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not force:
+        raise BadArtifact(f"output folder {out} is not empty", "choose another with -o, or replace it with --force")
+    if not (out / MANIFEST).is_file():
+        raise BadArtifact(
+            f"output folder {out} is not empty and was not written by slmops: --force leaves it alone", "choose another with -o"
+        )
+
+
+def load(folder: Path | str, *, kinds: tuple[Kind, ...] = ()) -> Artifact:
+    """Read a folder's manifest.
+
+    Raises:
+        BadArtifact: no manifest, a manifest that is broken or edited, or an artefact of another kind.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BadArtifact(f"no such folder: {folder}", "give the folder that an earlier step wrote")
+    if not path.is_file():
+        raise BadArtifact(f"{folder} has no {MANIFEST}: it is incomplete or was not written by slmops", "run the step that makes it again")
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except (ValidationError, ValueError) as error:
+        first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise BadArtifact(f"{path} is not a manifest of slmops: {first}", "run the step that makes it again") from None
+    if manifest.schema_version != SCHEMA:
+        raise BadArtifact(
+            f"{path} has schema {manifest.schema_version}, and this slmops reads {SCHEMA}", "use the slmops that wrote it, or make it again"
+        )
+    if manifest.digest != _digest(manifest):
+        raise BadArtifact(f"{path} was changed after it was written", "make the folder again, or copy it again from where it came")
+    if kinds and manifest.kind not in kinds:
+        raise BadArtifact(
+            f"{folder} is {_article(manifest.kind)}, and {' or '.join(_article(k) for k in kinds)} is needed",
+            "see `slmops show` for what it is",
+        )
+    return Artifact(folder, manifest)
+
+
+def find(folder: Path | str) -> Artifact | None:
+    """Return the folder's artefact, or None where it has no manifest (a plain Hugging Face, PEFT or genai folder)."""
+    return load(folder) if (Path(folder) / MANIFEST).is_file() else None
+
+
+def changed_files(artifact: Artifact) -> list[str]:
+    """Hash every file of an artefact; return one `name: what is wrong` per file that is missing or differs."""
+    problems = []
+    for name, record in artifact.manifest.files.items():
+        path = artifact.path / name
+        if not path.is_file():
+            problems.append(f"{name}: missing")
+        elif path.stat().st_size != record.bytes:
+            problems.append(f"{name}: {path.stat().st_size} bytes, and {record.bytes} were written")
+        elif sha256_file(path) != record.sha256:
+            problems.append(f"{name}: content changed")
+    return problems
+
+
+def check(artifact: Artifact) -> None:
+    """Refuse an artefact whose files are not those that were written; call it before anything of it is loaded.
+
+    Hashing gigabytes at every load is slow, so a check that passed is remembered per user by the manifest's digest
+    with each file's size and modification time; a file that was touched is hashed again.
+
+    Raises:
+        BadArtifact: a file is missing or changed.
+    """
+    stamps = {name: _stamp(artifact.path / name) for name in artifact.manifest.files}
+    memory = _memory(artifact)
+    if all(stamps.values()) and memory is not None and memory.is_file() and memory.read_text() == json.dumps(stamps):
+        return
+    problems = changed_files(artifact)
+    if problems:
+        raise BadArtifact(
+            f"{artifact.path} is not what was written: {'; '.join(problems)}", "make it again, or copy it again from where it came"
+        )
+    if memory is not None:
+        try:
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            memory.write_text(json.dumps(stamps))
+        except OSError:
+            return  # a device with a read-only home hashes at every load
+
+
+def seal(folder: Path | str, **changes: Any) -> Artifact:
+    """Write a folder's hashes anew, after its files were changed on purpose.
+
+    Args:
+        folder: an artefact.
+        changes: manifest fields to replace, such as `interface`.
+    """
+    folder = Path(folder)
+    manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes()).model_copy(update=changes)
+    manifest = manifest.model_copy(update={"files": _records(folder)})
+    return Artifact(folder, _write(folder, manifest))
+
+
+def show(path: Path | str) -> Artifact:
+    """Return the manifest of a folder, checked for completeness (`slmops show`)."""
+    return load(path)
+
+
+def fingerprint(path: Path | str) -> str:
+    """Return a hash that tells one model, adapter, data file or folder from another.
+
+    Of a folder with weights: the hash of its `*.safetensors` and config files' contents, whatever else lies beside
+    them. Of any other folder: of all its files. Of a file: of its content.
+    """
+    path = Path(path)
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():
+        raise BadArtifact(f"no such file or folder: {path}", "check the path")
+    weights = [file for pattern in _WEIGHTS for file in sorted(path.glob(pattern))]
+    configs = [file for name in ("config.json", "adapter_config.json") if (file := path / name).is_file()]
+    chosen = weights + configs if weights else sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
+    lines = [f"{file.relative_to(path)} {sha256_file(file)}" for file in chosen]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def require_model(folder: Path | str) -> Path:
+    """Return the folder of a Hugging Face model, once it is seen to be one with safe weights.
+
+    Raises:
+        BadArtifact: no config, no weights, or weights only as a pickle, which runs code when it is loaded.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadArtifact(f"no such model folder: {folder}", "give a Hugging Face folder (config.json and *.safetensors)")
+    if not (folder / "config.json").is_file():
+        raise BadArtifact(
+            f"{folder} has no config.json: it is not a Hugging Face model", "give a folder with config.json and *.safetensors"
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickles = [file.name for pattern in _PICKLES for file in folder.glob(pattern)]
+        if pickles:
+            raise BadArtifact(
+                f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when loaded",
+                "convert it to safetensors with the tool that made it; slmops loads no pickle",
+            )
+        raise BadArtifact(f"{folder} has no weights (*.safetensors)", "download or convert the model's weights first")
+    return folder
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's content, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def size_bytes(folder: Path | str) -> int:
+    """Return the size of all files of a folder."""
+    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file by way of a temporary one, so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _complete(draft: Draft, seconds: float) -> Artifact:
+    from slmops import __version__
+
+    manifest = Manifest(
+        kind=draft.kind,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=__version__,
+        command=draft.command,
+        seconds=round(seconds, 3),
+        config=draft.config,
+        inputs=draft.inputs,
+        files=_records(draft.folder),
+        environment=environment.snapshot(),
+        warnings=draft.warnings,
+        metrics=draft.metrics,
+        interface=draft.interface,
+        facts=draft.facts,
+    )
+    manifest = _write(draft.folder, manifest)
+    if draft.out.exists():
+        shutil.rmtree(draft.out)
+    draft.folder.rename(draft.out)
+    return Artifact(draft.out, manifest)
+
+
+def _records(folder: Path) -> dict[str, FileRecord]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
+    return {str(file.relative_to(folder)): FileRecord(bytes=file.stat().st_size, sha256=sha256_file(file)) for file in files}
+
+
+def _write(folder: Path, manifest: Manifest) -> Manifest:
+    # Through JSON once, so that the digest is that of what a reader will parse.
+    manifest = Manifest.model_validate_json(manifest.model_dump_json())
+    manifest = manifest.model_copy(update={"digest": _digest(manifest)})
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def _digest(manifest: Manifest) -> str:
+    content = manifest.model_dump(mode="json", exclude={"digest"})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _stamp(path: Path) -> list[int] | None:
+    if not path.is_file():
+        return None
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _memory(artifact: Artifact) -> Path | None:
+    home = os.environ.get("XDG_CACHE_HOME") or (Path.home() / ".cache")
+    place = hashlib.sha256(str(artifact.path.resolve()).encode()).hexdigest()[:16]
+    return Path(home) / "slmops" / "checked" / f"{artifact.manifest.digest[:16]}-{place}.json"
+
+
+def _write_failure(out: Path, error: OSError) -> tuple[str, str]:
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full: {out} could not be written", "free some space or write elsewhere with -o"
+    return f"could not write {out}: {error.strerror or error}", "check the path and its permissions"
+
+
+def _article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

@@ -1,0 +1,1 @@
+"""slmops on the command line."""

@@ -1,0 +1,68 @@
+"""Which settings does `slmops finetune` have? Four groups: data, method, optimizer, run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from slmops.config.base import Settings, setting
+
+
+class DataSettings(Settings):
+    """Which rows are trained on, and how they become tokens."""
+
+    prompt_template: str | None = setting(None, "text of the prompt; {field} takes a column, {{ and }} are braces", escapes=True)
+    completion_template: str | None = setting(None, "text to learn after the prompt", escapes=True)
+    rows: Literal["auto", "lines", "document"] = setting("auto", "what a row of a .txt file is: the whole document, or each line")
+    validation: Path | None = setting(None, "file of validation rows; without it a share of DATA is set aside")
+    validation_share: float = setting(0.05, "share of DATA set aside to choose the best adapter by (at least 16 rows)", ge=0, lt=1)
+    max_rows: int | None = setting(None, "use only the first N rows", ge=1)
+    max_length_tokens: int | None = setting(
+        None, "longest row in tokens, longer ones are cut (default: 1024 or the model's own limit)", ge=8
+    )
+    train_on: Literal["completion", "all"] = setting("completion", "tokens that the loss counts: the completion, or prompt and completion")
+    stop_token: str | None = setting(None, "token that ends an answer, as text or id (default: checked and chosen)")
+
+
+class MethodSettings(Settings):
+    """What is trained."""
+
+    method: Literal["lora", "qlora"] = setting("lora", "lora, or qlora: the base frozen in 4 bits")
+    engine: Literal["peft", "olive"] = setting("peft", "who trains: slmops's own trainer with PEFT, or Olive's pass")
+    lora_rank: int = setting(16, "rank of the adapter", ge=1, le=1024)
+    lora_alpha: float | None = setting(None, "scale of the adapter: alpha / rank (default: 2 x rank)", gt=0)
+    lora_dropout: float = setting(0.0, "dropout on the adapter's input", ge=0, lt=1)
+    target_modules: list[str] | None = setting(None, "linear layers to adapt, by name (default: all of them)")
+
+
+class OptimizerSettings(Settings):
+    """How the weights move."""
+
+    epochs: float = setting(1.0, "passes over the rows", gt=0)
+    max_steps: int | None = setting(None, "stop after so many optimizer steps, whatever the epochs", ge=1)
+    batch_size: int = setting(8, "rows in a batch", ge=1)
+    gradient_accumulation: int = setting(1, "batches in an optimizer step", ge=1)
+    learning_rate: float | None = setting(None, "peak learning rate (default: by the model's size)", gt=0, le=1)
+    schedule: Literal["linear", "cosine", "constant"] = setting("linear", "how the learning rate falls after warm-up")
+    warmup_share: float = setting(0.03, "share of the steps in which the learning rate rises", ge=0, lt=1)
+    weight_decay: float = setting(0.0, "decoupled weight decay (AdamW)", ge=0)
+    max_gradient_norm: float = setting(1.0, "gradients are clipped to this norm", gt=0)
+
+
+class RunSettings(Settings):
+    """How the run behaves."""
+
+    precision: Literal["auto", "fp32", "bf16"] = setting("auto", "arithmetic of the frozen base (auto: fp32 on a CPU, bf16 on a GPU)")
+    seed: int = setting(0, "seed of everything random: two runs on one machine give the same adapter", ge=0)
+    evaluations: int = setting(4, "how often in the run validation is measured and the best adapter kept", ge=1)
+    resume: bool = setting(False, "go on from the checkpoint of a run that was stopped")
+    force: bool = setting(False, "replace an output folder that slmops wrote")
+
+
+class FinetuneSettings(Settings):
+    """All settings of `slmops finetune`."""
+
+    data: DataSettings
+    method: MethodSettings
+    optimizer: OptimizerSettings
+    run: RunSettings

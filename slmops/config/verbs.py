@@ -1,0 +1,136 @@
+"""Which settings do the verbs after training have? One model a verb."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from slmops.config.base import Settings, setting
+
+Metric = Literal["exact_match", "accuracy", "f1", "perplexity"]
+
+
+class InspectSettings(Settings):
+    """`slmops data inspect`."""
+
+    model: str | None = setting(None, "model folder whose tokenizer and templates are used; without it, text only")
+    prompt_template: str | None = setting(None, "text of the prompt; {field} takes a column", escapes=True)
+    completion_template: str | None = setting(None, "text to learn after the prompt", escapes=True)
+    rows: Literal["auto", "lines", "document"] = setting("auto", "what a row of a .txt file is")
+    max_length_tokens: int | None = setting(None, "longest row in tokens (default: 1024 or the model's own limit)", ge=8)
+    train_on: Literal["completion", "all"] = setting("completion", "tokens that the loss counts")
+    stop_token: str | None = setting(None, "token that ends an answer, as text or id")
+    validation: Path | None = setting(None, "validation rows, to look for overlap with DATA")
+    examples: int = setting(3, "rows to show token by token", ge=0, le=50)
+
+
+class PrepareSettings(Settings):
+    """`slmops data prepare`."""
+
+    prompt_template: str | None = setting(None, "text of the prompt; {field} takes a column", escapes=True)
+    completion_template: str | None = setting(None, "text to learn after the prompt", escapes=True)
+    rows: Literal["auto", "lines", "document"] = setting("auto", "what a row of a .txt file is")
+    validation_share: float = setting(0.05, "share set aside for validation (at least 16 rows)", ge=0, lt=1)
+    keep_duplicates: bool = setting(False, "keep rows that repeat an earlier one")
+    seed: int = setting(0, "seed of the split", ge=0)
+    force: bool = setting(False, "replace an output folder that slmops wrote")
+
+
+class MergeSettings(Settings):
+    """`slmops merge`."""
+
+    base: str | None = setting(None, "base model (default: the one the adapter was trained on)")
+    force: bool = setting(False, "replace an output folder that slmops wrote")
+
+
+class ExportSettings(Settings):
+    """`slmops export`."""
+
+    device: Literal["cpu", "gpu", "npu"] = setting("cpu", "kind of device that the export runs on")
+    provider: str | None = setting(None, "execution provider (default: the device's usual one)")
+    precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] = setting("int4", "precision of the weights")
+    block_size: int | None = setting(
+        None, "weights that share a scale, a power of two that divides the layer (default: by the layer's width)", ge=16
+    )
+    max_length_tokens: int | None = setting(None, "longest prompt and answer together (default: 2048 or the model's own limit)", ge=16)
+    force: bool = setting(False, "replace an output folder that slmops wrote")
+
+
+class VerifySettings(Settings):
+    """`slmops verify`. Bars left out are those of the package's precision."""
+
+    baseline: str | None = setting(None, "PyTorch model to hold the package against (default: the one it was exported from)")
+    base: str | None = setting(None, "model before the fine-tune, for the retention stage (default: from the lineage)")
+    data: str | None = setting(None, "held-out rows (default: the validation rows of the fine-tune)")
+    metric: Metric | None = setting(None, "task metric to compare as well")
+    max_rows: int | None = setting(None, "use only the first N rows", ge=1)
+    batch_size: int = setting(32, "rows computed together", ge=1)
+    threads: int | None = setting(None, "threads of both sides (default: all cores)", ge=1)
+    kl_bar: float | None = setting(None, "highest mean KL divergence from PyTorch, in nats a token", gt=0)
+    top1_bar: float | None = setting(None, "lowest share of tokens with the same most likely token", gt=0, le=1)
+    nmse_bar: float | None = setting(None, "fp32: highest normalized mean square error of the logits", gt=0)
+    difference_bar: float | None = setting(None, "fp32: highest absolute difference of a logit", gt=0)
+    task_bar: float | None = setting(None, "most points (0 to 100) that the task metric may lose", ge=0)
+    retention_bar: float = setting(0.05, "how far from 1 the fine-tune's share in the weights may be", gt=0, lt=1)
+    twin_bar: float = setting(2e-3, "highest KL divergence from PyTorch on the package's own weights", gt=0)
+    effect_bar: float = setting(0.1, "how far from 1 the ratio of the fine-tune's effects may be", gt=0, lt=1)
+    out: Path | None = setting(None, "write the verification as a folder", flag="--out")
+    force: bool = setting(False, "replace an output folder that slmops wrote")
+
+
+class EvaluateSettings(Settings):
+    """`slmops evaluate`."""
+
+    metric: Metric = setting("exact_match", "what is counted")
+    base: bool = setting(False, "of an adapter folder: evaluate its base alone")
+    prompt_template: str | None = setting(None, "text of the prompt (default: the one that travels with the model)", escapes=True)
+    completion_template: str | None = setting(None, "expected text (default: the one that travels with the model)", escapes=True)
+    rows: Literal["auto", "lines", "document"] = setting("auto", "what a row of a .txt file is")
+    max_rows: int | None = setting(None, "use only the first N rows", ge=1)
+    max_new_tokens: int | None = setting(None, "longest answer (default: the longest expected one + 8)", ge=1)
+    batch_size: int = setting(32, "rows computed together", ge=1)
+    threads: int | None = setting(None, "threads (default: all cores)", ge=1)
+    predictions: Path | None = setting(None, "where the answers go, as JSONL (default: beside the model, in MODEL.evaluations)")
+
+
+class BenchSettings(Settings):
+    """`slmops bench`."""
+
+    baseline: str | None = setting(None, "what to compare with (default: the PyTorch model it was exported from); none: measure alone")
+    baseline_precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of a PyTorch baseline")
+    data: str | None = setting(None, "rows for the accuracy on both sides (default: a small text that slmops brings, for KL)")
+    metric: Metric | None = setting(None, "accuracy to compare on --data")
+    max_rows: int | None = setting(None, "use only the first N rows of --data", ge=1)
+    prompt_tokens: int = setting(128, "length of the timed prompt", ge=1)
+    new_tokens: int = setting(64, "length of the timed answer", ge=2)
+    rounds: int = setting(7, "alternating rounds that count, after warm-up", ge=1)
+    threads: int | None = setting(None, "threads of both sides (default: all cores)", ge=1)
+    out: Path | None = setting(None, "write the figures as a folder", flag="--out")
+    force: bool = setting(False, "replace an output folder that slmops wrote")
+
+
+class GenerateSettings(Settings):
+    """`slmops generate`."""
+
+    max_new_tokens: int = setting(128, "longest answer", ge=1)
+    temperature: float = setting(0.0, "0: the most likely token; higher: more varied", ge=0, le=5)
+    top_p: float = setting(1.0, "sample from the smallest set of tokens with this probability", gt=0, le=1)
+    top_k: int = setting(0, "sample from so many most likely tokens (0: all)", ge=0)
+    seed: int = setting(0, "seed of sampling", ge=0)
+    raw: bool = setting(False, "give PROMPT to the model as it is, without the template")
+    threads: int | None = setting(None, "threads (default: all cores)", ge=1)
+
+
+class RunPipelineSettings(Settings):
+    """`slmops run`."""
+
+    only: list[str] | None = setting(None, "run only these steps (and what they need)")
+    fresh: bool = setting(False, "run every step again, whatever has changed")
+
+
+class QuickstartSettings(Settings):
+    """`slmops quickstart`."""
+
+    precision: Literal["fp32", "int8", "int4"] = setting("int4", "precision of the package")
+    seed: int = setting(0, "seed of the demo", ge=0)
+    force: bool = setting(False, "replace an output folder that slmops wrote")

@@ -1,0 +1,195 @@
+"""What is this machine, and are the libraries here the ones that slmops was tested with?
+
+Also the one place that switches the libraries' telemetry off, before any of them is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import import_module, metadata
+from pathlib import Path
+from types import ModuleType
+
+from slmops.errors import RunFailed, Unavailable
+
+# The set of versions that resolves and works together (constraints.txt pins the same; a test holds them equal).
+TESTED = {
+    "accelerate": "1.15.0",
+    "bitsandbytes": "0.50.2",
+    "click": "8.5.1",
+    "datasets": "5.2.0",
+    "numpy": "2.4.6",
+    "olive-ai": "0.13.0",
+    "onnx": "1.23.2",
+    "onnx-ir": "1.1.0",
+    "onnxruntime": "1.31.1",
+    "onnxruntime-genai": "0.18.0",
+    "peft": "0.21.2",
+    "pydantic": "2.14.3",
+    "tokenizers": "0.23.3",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+}
+
+# Import name -> (distribution, extra of slmops that brings it).
+PROVIDED_BY = {
+    "accelerate": ("accelerate", "train"),
+    "bitsandbytes": ("bitsandbytes", "qlora"),
+    "datasets": ("datasets", "train"),
+    "jinja2": ("jinja2", "runtime"),
+    "matplotlib": ("matplotlib", "train"),
+    "numpy": ("numpy", "runtime"),
+    "olive": ("olive-ai", "olive"),
+    "onnx": ("onnx", "train"),
+    "onnx_ir": ("onnx-ir", "train"),
+    "onnxruntime": ("onnxruntime", "runtime"),
+    "onnxruntime_genai": ("onnxruntime-genai", "runtime"),
+    "peft": ("peft", "train"),
+    "psutil": ("psutil", "runtime"),
+    "pyarrow": ("pyarrow", "train"),
+    "safetensors": ("safetensors", "train"),
+    "tokenizers": ("tokenizers", "runtime"),
+    "torch": ("torch", "train"),
+    "transformers": ("transformers", "train"),
+}
+
+# Every variable that a dependency reads to send nothing (STACK: olive, onnxruntime >= 1.29, genai, huggingface_hub).
+_NO_TELEMETRY = {
+    "OLIVE_DISABLE_TELEMETRY": "1",
+    "ORT_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "DISABLE_TELEMETRY": "1",
+}
+
+
+def disable_telemetry() -> None:
+    """Switch the telemetry of every dependency off for this process and its children."""
+    os.environ.update(_NO_TELEMETRY)
+
+
+def require(module: str, purpose: str) -> ModuleType:
+    """Import a library, or say which extra brings it.
+
+    Args:
+        module: import name, such as "onnxruntime_genai".
+        purpose: what needs it, for the message: "to run a package".
+
+    Raises:
+        Unavailable: it is not installed (exit 3; the hint is the pip line).
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or module).split(".")[0]
+        distribution, extra = PROVIDED_BY.get(missing, (missing, "train"))
+        raise Unavailable(f"{distribution} is not installed; it is needed {purpose}", f"pip install 'slmops[{extra}]'") from error
+
+
+@cache
+def version_of(distribution: str) -> str | None:
+    """Return the installed version of a distribution, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The facts of this machine that figures depend on."""
+
+    processor: str
+    cores: int
+    memory_bytes: int
+    features: tuple[str, ...]
+    system: str
+    python: str
+
+
+# What the kernels of onnxruntime and torch choose their code paths by.
+_FEATURES = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "sve",
+    "bf16",
+)
+
+
+@cache
+def machine() -> Machine:
+    """Read the facts of this machine."""
+    name, flags = platform.processor() or platform.machine(), set()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags = set(value.split())
+    return Machine(
+        processor=name,
+        cores=usable_cores(),
+        memory_bytes=memory_bytes()[0],
+        features=tuple(feature for feature in _FEATURES if feature in flags),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=platform.python_version(),
+    )
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> tuple[int, int]:
+    """Return (total, available) memory in bytes; (0, 0) where it cannot be read."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return 0, 0
+    rows = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    total, available = (int(rows[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+    return total, available
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak resident memory of this process so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def need_disk(folder: Path, size_bytes: int, what: str) -> None:
+    """Raise RunFailed before work begins when `size_bytes` will not fit where `folder` is to be."""
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < size_bytes:
+        raise RunFailed(
+            f"{what} needs about {size_bytes / 1e9:.2f} GB on disk at {place}, and {free / 1e9:.2f} GB are free",
+            "free some space or write elsewhere with -o",
+        )
+
+
+def snapshot() -> dict[str, object]:
+    """Return what a manifest records of the environment: machine facts and library versions."""
+    packages = {name: version for name in TESTED if (version := version_of(name))}
+    return {"machine": asdict(machine()), "packages": packages}
