@@ -18,7 +18,7 @@ disable_telemetry()
 # verb -> module that holds it
 VERBS = {
     "bench": "slmops.benchmark",
-    "doctor": "slmops.environment",
+    "doctor": "slmops.diagnosis",
     "evaluate": "slmops.evaluation",
     "export": "slmops.exporting",
     "finetune": "slmops.training",
@@ -28,7 +28,7 @@ VERBS = {
     "prepare_data": "slmops.data",
     "quickstart": "slmops.pipeline",
     "run": "slmops.pipeline",
-    "show": "slmops.artifact",
+    "show": "slmops.lineage",
     "verify": "slmops.verification",
 }
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -59,7 +59,7 @@ PROVIDED_BY = {
 }
 
 # Every variable that a dependency reads to send nothing (STACK: olive, onnxruntime >= 1.29, genai, huggingface_hub).
-_NO_TELEMETRY = {
+NO_TELEMETRY = {
     "OLIVE_DISABLE_TELEMETRY": "1",
     "ORT_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -70,7 +70,7 @@ _NO_TELEMETRY = {
 
 def disable_telemetry() -> None:
     """Switch the telemetry of every dependency off for this process and its children."""
-    os.environ.update(_NO_TELEMETRY)
+    os.environ.update(NO_TELEMETRY)
 
 
 def require(module: str, purpose: str) -> ModuleType:
@@ -94,6 +94,8 @@ def require(module: str, purpose: str) -> ModuleType:
 @cache
 def version_of(distribution: str) -> str | None:
     """Return the installed version of a distribution, or None."""
+    from importlib import metadata  # 25 ms of start-up that --help does not need
+
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -50,7 +50,7 @@ def fields(model: type[Settings]) -> Iterator[tuple[str, FieldInfo]]:
             yield name, info
 
 
-def load(model: type[S], config: Path | str | Mapping[str, Any] | None = None, **overrides: Any) -> S:
+def load(model: type[S], /, config: Path | str | Mapping[str, Any] | None = None, **overrides: Any) -> S:
     """Make the settings of a verb.
 
     Args:

@@ -22,7 +22,7 @@ class Interface(BaseModel):
     """Jinja source of the tokenizer's chat template; None where it has none."""
     train_on: Literal["completion", "all"] = "completion"
     bos_token_id: int | None = None
-    """Put before every sequence; None: nothing is."""
+    """Put before every sequence; None: nothing is. A chat template writes its own BOS, or none."""
     stop_token_ids: tuple[int, ...] = ()
     """Each ends an answer. The first is the one that training appends to a completion."""
     stop_reason: str = ""

@@ -1,0 +1,92 @@
+"""The commands that make something: `data inspect`, `data prepare`, `finetune`, `merge`, `export`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+import slmops
+from slmops.cli.options import Call, command
+from slmops.config import ExportSettings, FinetuneSettings, InspectSettings, MergeSettings, PrepareSettings
+
+
+@command(
+    "data inspect",
+    InspectSettings,
+    examples=(
+        "slmops data inspect train.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct",
+        r"slmops data inspect train.csv --prompt-template '{text}\nIntent:' --completion-template ' {intent}'",
+    ),
+)
+@click.argument("data")
+def inspect(data: str, call: Call) -> Any:
+    """Look at a dataset.
+
+    DATA is a .jsonl, .json, .csv, .parquet or .txt file, a folder of them, or a Hugging Face dataset id. Shows which
+    format was found, some rows token by token with what the loss counts, the lengths, and warnings: over-long rows,
+    duplicates, empty fields, overlap with the validation rows.
+    """
+    return slmops.inspect_data(data, config=call.config, **call.overrides)
+
+
+@command(
+    "data prepare", PrepareSettings, writes="", examples=("slmops data prepare raw.csv -o runs/data", "slmops finetune MODEL runs/data -o runs/a")
+)
+@click.argument("data")
+def prepare(data: str, call: Call) -> Any:
+    """Prepare a dataset.
+
+    Drops duplicates and empty rows of DATA, sets validation rows aside, and writes both with a manifest. `finetune`
+    takes the folder as its DATA.
+    """
+    return slmops.prepare_data(data, config=call.config, **call.overrides)
+
+
+@command(
+    "finetune",
+    FinetuneSettings,
+    writes="",
+    examples=(
+        "slmops finetune HuggingFaceTB/SmolLM2-135M-Instruct train.jsonl -o runs/adapter",
+        r"slmops finetune MODEL train.csv -o runs/intent --prompt-template '{text}\nIntent:' --completion-template ' {intent}'",
+        "slmops finetune MODEL train.jsonl -o runs/adapter --config finetune.yaml --lora-rank 32",
+    ),
+)
+@click.argument("model")
+@click.argument("data")
+def finetune(model: str, data: str, call: Call) -> Any:
+    r"""Train an adapter.
+
+    MODEL is a Hugging Face folder or hub id. DATA is a .jsonl, .json, .csv, .parquet or .txt file, a folder of them, or
+    a dataset id; its format is found by its columns (prompt and completion, alpaca, chat messages, text) unless
+    templates are given. In a template, {field} takes a column, {{ and }} are braces, \n, \t and \\ are decoded.
+    """
+    return slmops.finetune(model, data, config=call.config, **call.overrides)
+
+
+@command("merge", MergeSettings, writes="", examples=("slmops merge runs/adapter -o runs/merged",))
+@click.argument("adapter")
+def merge(adapter: str, call: Call) -> Any:
+    """Merge an adapter.
+
+    ADAPTER is a folder that `finetune` wrote, or any PEFT folder. The base is found through its manifest; templates
+    and stop tokens go along. An adapter for another base is refused.
+    """
+    return slmops.merge(adapter, config=call.config, **call.overrides)
+
+
+@command(
+    "export",
+    ExportSettings,
+    writes="",
+    examples=("slmops export runs/merged -o runs/int4", "slmops export runs/merged -o runs/int8 --device cpu --precision int8"),
+)
+@click.argument("model")
+def export(model: str, call: Call) -> Any:
+    """Export a model.
+
+    MODEL is a merged model, any Hugging Face folder, or an adapter folder (merged first). The recipe is chosen from the
+    model's shape and printed; the graph that was written is checked against it.
+    """
+    return slmops.export(model, config=call.config, **call.overrides)

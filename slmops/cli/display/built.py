@@ -1,0 +1,111 @@
+"""How do `finetune`, `merge` and `export` report what they made?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slmops.cli.display.figures import NONE, duration, estimate, number, size
+from slmops.cli.display.layout import Page, beside, shell
+
+
+def finetuned(page: Page, document: Mapping[str, Any]) -> None:
+    """Write losses, tokens, time, the stop token and why, where the curve is, and the next command."""
+    out = document.get("artifact", "")
+    tokens, seconds = document.get("tokens") or {}, document.get("loop_seconds")
+    speed = f" ({number(tokens['total'] / seconds)} tokens/s)" if tokens.get("total") and seconds else ""
+    page.heading(f"{document.get('kind', 'adapter')} written to {out}")
+    page.facts(
+        [
+            ("method", _joined(document.get("method"), f"engine {document['engine']}" if document.get("engine") else "")),
+            ("rows", _joined(_counted(document, "rows", "to train on"), _counted(document, "validation_rows", "for validation"))),
+            ("tokens", _joined(_counted(tokens, "total", ""), _counted(tokens, "supervised", "supervised"))),
+            ("training loss", _metric(document, "train_loss")),
+            ("validation loss", _metric(document, "validation_loss")),
+            ("time", _joined(f"{duration(seconds)} in the loop{speed}" if seconds else "", f"{duration(document.get('seconds'))} in all")),
+            ("peak memory", size(document.get("peak_memory_bytes"))),
+            ("stop token", document.get("stop_reason")),
+            ("loss curve", _existing(out, "loss.png")),
+        ]
+    )
+    page.warnings(document)
+    if out:
+        page.next(f"slmops merge {shell(out)} -o {beside(out, 'merged')}")
+
+
+def merged(page: Page, document: Mapping[str, Any]) -> None:
+    """Write size, the check of the merge, and the next command."""
+    out = document.get("artifact", "")
+    page.heading(f"{document.get('kind', 'model')} written to {out}")
+    page.facts(
+        [
+            ("parameters", number(document.get("parameters"))),
+            ("precision", document.get("precision")),
+            ("size", size(document.get("size_bytes"))),
+            *_metrics(document),
+            ("time", duration(document.get("seconds"))),
+        ]
+    )
+    page.warnings(document)
+    if out:
+        page.next(f"slmops export {shell(out)} -o {beside(out, 'int4')} --precision int4")
+
+
+def exported(page: Page, document: Mapping[str, Any]) -> None:
+    """Write target, recipe, size, and the next commands."""
+    out = document.get("artifact", "")
+    page.heading(f"{document.get('kind', 'export')} written to {out}")
+    each = document.get("bytes_per_parameter")
+    page.facts(
+        [
+            ("target", " ".join(str(document[key]) for key in ("device", "provider", "precision") if document.get(key))),
+            ("level", document.get("level")),
+            ("recipe", _recipe(document.get("recipe"))),
+            ("size", _joined(size(document.get("size_bytes")), f"{number(each, 3)} bytes a parameter" if each else "")),
+            ("longest sequence", f"{number(document['max_length_tokens'])} tokens" if document.get("max_length_tokens") else ""),
+            *_metrics(document),
+            ("time", duration(document.get("seconds"))),
+        ]
+    )
+    page.warnings(document)
+    if out:
+        page.next(f"slmops verify {shell(out)}", f"slmops bench {shell(out)}")
+
+
+def _recipe(recipe: Any) -> str:
+    if not isinstance(recipe, Mapping):
+        return str(recipe or "")
+    options = recipe.get("options") or {}
+    layers = options.get("layers") or {}
+    parts = [f"{key.replace('_', ' ')} {number(value)}" for key, value in options.items() if not isinstance(value, Mapping)]
+    parts += [f"{kind} {_scheme(scheme)}" for kind, scheme in layers.items()]
+    return f"{recipe.get('id', '')}: {', '.join(parts)}" if parts else str(recipe.get("id", ""))
+
+
+def _scheme(scheme: Any) -> str:
+    if not isinstance(scheme, Mapping):
+        return str(scheme)
+    return f"int{scheme.get('bits')}/{scheme.get('block_size')}"
+
+
+def _metrics(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name.replace("_", " "), number(value)) for name, value in (document.get("metrics") or {}).items()]
+
+
+def _metric(document: Mapping[str, Any], name: str) -> str:
+    value = (document.get("metrics") or {}).get(name)
+    return estimate(value) if isinstance(value, Mapping) else number(value)
+
+
+def _counted(source: Mapping[str, Any], key: str, what: str) -> str:
+    return f"{number(source[key])} {what}".strip() if source.get(key) is not None else ""
+
+
+def _joined(*parts: str | None) -> str:
+    return ", ".join(part for part in parts if part and part != NONE and not part.startswith(f"{NONE} "))
+
+
+def _existing(folder: str, name: str) -> str:
+    path = Path(folder) / name
+    return str(path) if folder and path.is_file() else ""

@@ -1,0 +1,73 @@
+"""What happens around every command? Progress is shown, the result becomes one document, and that is shown."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+import click
+
+from slmops import progress
+
+GATE_NOT_MET = 5
+
+
+@dataclass
+class Session:
+    """One command in progress, for a body that writes its result as it comes."""
+
+    stdout: TextIO
+    as_json: bool
+    streamed: bool = False
+    """The body has written its result already; only `--json` still needs the document."""
+
+
+def perform(command: str, work: Callable[[], Any], *, as_json: bool, quiet: bool) -> None:
+    """Run a command's body and show what it returns.
+
+    Args:
+        command: the command's name, with its group.
+        work: returns an object with `.document()`, or the document itself.
+        as_json: write the document instead of text.
+        quiet: show no progress.
+
+    Raises:
+        click.exceptions.Exit: the result says `passed: false` (exit code 5).
+    """
+    from slmops.cli.bars import watcher
+    from slmops.cli.streams import results_only
+
+    started = time.perf_counter()
+    with results_only() as stdout:
+        session = Session(stdout, as_json)
+        click.get_current_context().obj = session
+        with watcher(quiet=quiet) as sink, progress.watch(sink):
+            result = work()
+        document = completed(result, command, time.perf_counter() - started)
+        show(document, command, session)
+    if document.get("passed") is False:
+        raise click.exceptions.Exit(GATE_NOT_MET)
+
+
+def completed(result: Any, command: str, seconds: float) -> dict[str, Any]:
+    """Return a result's document with the keys that every command has."""
+    document = dict(result if isinstance(result, dict) else result.document())
+    document["command"] = command
+    document.setdefault("ok", document.get("passed") is not False)
+    document.setdefault("warnings", [])
+    document.setdefault("seconds", round(seconds, 3))
+    return document
+
+
+def show(document: dict[str, Any], command: str, session: Session) -> None:
+    """Show a document: as JSON, or as tables for people."""
+    if session.as_json:
+        from slmops.cli.streams import write_document
+
+        write_document(document, session.stdout)
+    elif not session.streamed:
+        from slmops.cli.display import render
+
+        render(command, document, session.stdout)

@@ -1,0 +1,226 @@
+"""From a model to a folder that runs on the device: what does `slmops export` do?
+
+Everything that can be known before weights are loaded is checked first (`preflight`). Then the builder's float graph
+is quantized by the target's recipe, written as twins (all logits for the proof, the last token's for the device),
+read back and checked against what was asked, and run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from slmops import artifact, environment, progress, targets
+from slmops.artifact import Artifact, Draft
+from slmops.config import ExportSettings, flat, load
+from slmops.data import Interface, choose_interface
+from slmops.data.tokenizer_files import copy_tokenizer
+from slmops.errors import BadArtifact, RunFailed, Unavailable
+from slmops.graph import checking
+from slmops.graph.recipes import Recipe, recipe_for
+
+_DEFAULT_MAX_LENGTH = 2048
+# Peak memory of the builder's process and of the quantizer, over the model's float32 bytes (measured: 135 M shape 2.2).
+_MEMORY_FACTOR = 2.5
+_HEAD_DIM_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's config says of it, before any weight is loaded."""
+
+    architecture: str
+    head_dim: int
+    positions: int
+    float32_bytes: int
+
+
+def export(model: str | Path, *, out: str | Path, config: Any = None, **overrides: Any) -> Artifact:
+    """Export a model for a device.
+
+    Args:
+        model: a Hugging Face folder, an artefact of kind "model", or an adapter (merged first).
+        out: the export folder to write.
+        config: YAML file or mapping of `ExportSettings`.
+        overrides: single settings, such as `precision="int8"`.
+
+    Raises:
+        Unavailable: the target, the architecture or its shape is not supported here; a library is missing.
+        InvalidInput: a setting does not fit the model.
+        BadArtifact: the model has no safe weights, or `out` is occupied.
+        RunFailed: the builder failed, or the graph that it wrote is not the one asked for.
+    """
+    settings = load(ExportSettings, config, **overrides)
+    source, out = Path(model), Path(out)
+    artifact.refuse_occupied(out, force=settings.force)
+    target = targets.find(settings.device, settings.provider, settings.precision)
+    recipe = recipe_for(settings.precision, settings.block_size)
+    if (source / "adapter_config.json").is_file():
+        return _export_adapter(source, out, settings)
+    found = artifact.find(source) if source.is_dir() else None
+    if found is not None and found.manifest.kind != "model":
+        raise BadArtifact(f"{source} is {found.manifest.kind}, and a model is needed", "export the folder that `slmops merge` wrote")
+    if found is not None:
+        artifact.check(found)
+    shape = preflight(artifact.require_model(source), out, settings)
+    with artifact.create(out, kind="export", command="export", config=flat(settings), force=settings.force) as draft:
+        interface = _interface(source, found, shape, settings, draft)
+        _write(draft, source, interface, target, recipe, settings)
+    return draft.done()
+
+
+def preflight(model: Path, out: Path, settings: ExportSettings) -> Shape:
+    """Refuse what cannot work, before any weight is loaded.
+
+    Raises:
+        Unavailable: the builder does not know the architecture, or the runtime cannot run its shape.
+        RunFailed: too little memory or disk.
+    """
+    shape = read_shape(model)
+    if shape.architecture not in targets.ARCHITECTURES:
+        raise Unavailable(
+            f"{shape.architecture} has no ONNX builder: it can be fine-tuned, merged and evaluated in PyTorch, not exported",
+            f"architectures that export: {', '.join(sorted(targets.ARCHITECTURES))}",
+        )
+    if shape.head_dim % _HEAD_DIM_MULTIPLE:
+        raise Unavailable(
+            f"head_dim is {shape.head_dim}, and onnxruntime's attention with rotary embeddings runs multiples of {_HEAD_DIM_MULTIPLE} only",
+            f"take a base whose hidden_size / num_attention_heads is a multiple of {_HEAD_DIM_MULTIPLE}; this one still fine-tunes, merges and evaluates in PyTorch",
+        )
+    needed, (_, available) = round(_MEMORY_FACTOR * shape.float32_bytes), environment.memory_bytes()
+    if available and needed > available:
+        raise RunFailed(
+            f"the export needs about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available",
+            "close other programs or use a larger machine",
+        )
+    environment.need_disk(out.parent, 2 * shape.float32_bytes, "the export")
+    return shape
+
+
+def read_shape(model: Path) -> Shape:
+    """Read what preflight needs from `config.json` and the weights' headers.
+
+    Raises:
+        BadArtifact: the config is broken.
+    """
+    try:
+        content = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        text = content.get("text_config", content)
+        heads = int(text["num_attention_heads"])
+        head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
+        architecture = content["architectures"][0]
+        positions = int(text.get("max_position_embeddings") or _DEFAULT_MAX_LENGTH)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        name = (
+            (json.loads((model / "config.json").read_text()) or {}).get("architectures", ["an unknown architecture"])[0]
+            if isinstance(error, KeyError)
+            else ""
+        )
+        if name and name not in targets.ARCHITECTURES:
+            return Shape(name, _HEAD_DIM_MULTIPLE, _DEFAULT_MAX_LENGTH, 0)
+        raise BadArtifact(f"{model / 'config.json'} does not describe a decoder ({error})", "give a ...ForCausalLM model") from error
+    return Shape(architecture, head_dim, positions, 4 * parameters(model))
+
+
+def parameters(model: Path) -> int:
+    """Return the number of weights of a model, from the headers of its safetensors."""
+    safetensors = environment.require("safetensors", "to read weights")
+    import math
+
+    total = 0
+    for file in sorted(model.glob("*.safetensors")):
+        with safetensors.safe_open(file, framework="np") as stored:
+            total += sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys())  # noqa: SIM118
+    return total
+
+
+def _export_adapter(adapter: Path, out: Path, settings: ExportSettings) -> Artifact:
+    """Merge an adapter beside the export first, so that the package has its baseline."""
+    from slmops.adapters import merge  # same layer: an adapter folder is a model too
+
+    merged = out.parent / f"{out.name}.merged"
+    progress.say(f"{adapter} is an adapter: merging it into its base first, as {merged}")
+    merge(adapter, out=merged, force=True)
+    return export(merged, out=out, config=flat(settings))
+
+
+def _interface(source: Path, found: Artifact | None, shape: Shape, settings: ExportSettings, draft: Draft) -> Interface:
+    """Return the interface that came with the model, or choose one, with the export's bound on the length."""
+    limit = min(settings.max_length_tokens or _DEFAULT_MAX_LENGTH, shape.positions)
+    if found is not None and found.manifest.interface is not None:
+        interface = Interface.model_validate(found.manifest.interface)
+    else:
+        interface, warnings = choose_interface(source, [], max_length_tokens=limit)
+        for warning in warnings:
+            draft.warn(warning)
+    if settings.max_length_tokens and settings.max_length_tokens > shape.positions:
+        draft.warn(f"max_length_tokens: {settings.max_length_tokens} is more than the model's {shape.positions} positions; bounded to them")
+    return interface.model_copy(update={"max_length_tokens": limit})
+
+
+def _write(draft: Draft, source: Path, interface: Interface, target: targets.Target, recipe: Recipe, settings: ExportSettings) -> None:
+    from slmops.graph import building, linears, rewriting
+
+    with TemporaryDirectory(prefix="slmops-export-") as scratch:
+        built = Path(scratch) / "float"
+        building.build(
+            source,
+            built,
+            precision="fp32",
+            provider="cpu",
+            context_tokens=interface.max_length_tokens,
+            options={"fuse_mlp_gate_up": "true"},
+        )
+        graph = linears.load_graph(built / rewriting.MAIN)
+        if recipe.bits:
+            rewriting.quantize_graph(graph, recipe.scheme)
+        rewriting.save_twins(graph, draft.folder)
+        _write_runtime_config(built / "genai_config.json", draft.folder / "genai_config.json", interface)
+    copy_tokenizer(source, draft.folder)
+    problems = checking.problems(draft.folder, recipe.document()["options"])
+    if problems:
+        raise RunFailed(f"the graph is not the one asked for: {'; '.join(problems)}", "report the model's architecture and this message")
+    _run_once(draft.folder, interface)
+    draft.add_input("baseline", source)
+    draft.interface = interface.model_dump(mode="json")
+    graphs = [file for file in draft.folder.iterdir() if file.suffix in (".onnx", ".data")]
+    draft.facts = {
+        "device": target.device,
+        "provider": target.provider,
+        "precision": settings.precision,
+        "recipe": recipe.document(),
+        "size_bytes": sum(file.stat().st_size for file in graphs),
+        "bytes_per_parameter": round(sum(file.stat().st_size for file in graphs) / parameters(source), 4),
+        "level": "executed",
+        "max_length_tokens": interface.max_length_tokens,
+    }
+
+
+def _write_runtime_config(source: Path, path: Path, interface: Interface) -> None:
+    """Write `genai_config.json` with our stop tokens and length in place of the builder's guesses."""
+    content = json.loads(source.read_text(encoding="utf-8"))
+    model, search = content["model"], content["search"]
+    stops = list(interface.stop_token_ids)
+    model["eos_token_id"] = stops if len(stops) != 1 else stops[0]
+    model["context_length"] = interface.max_length_tokens
+    search["max_length"] = interface.max_length_tokens
+    search["do_sample"] = False
+    artifact.write_json(path, content)
+
+
+def _run_once(folder: Path, interface: Interface) -> None:
+    """Generate a few tokens with the runtime, so that `executed` is true.
+
+    Raises:
+        RunFailed: the runtime refuses the graph.
+    """
+    from slmops.runtime.genai_runner import GenaiRunner
+
+    runner = GenaiRunner(folder, threads=environment.usable_cores())
+    try:
+        runner.time([interface.bos_token_id or 0, 1, 2], new_tokens=2)
+    finally:
+        runner.close()

@@ -1,0 +1,64 @@
+"""Is a written graph the one that was asked for? Its layers' bits, block sizes and kernels, its twin and its data file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slmops.graph.linears import HEAD, Linear, Model, embedding, linears, load_graph
+from slmops.graph.rewriting import FULL, MAIN
+
+
+def problems(folder: Path, options: dict[str, Any]) -> list[str]:
+    """Compare an export's graphs with the options of its recipe; return one line per difference.
+
+    Args:
+        folder: an export of slmops.
+        options: `recipe.options` of its manifest.
+    """
+    main = load_graph(folder / MAIN)
+    found = linears(main) + [table for table in [embedding(main)] if table is not None]
+    differences = [line for linear in found for line in _layer_problems(linear, options)]
+    if not any(linear.name == HEAD for linear in found):
+        differences.append(f"the graph has no {HEAD}")
+    if (folder / FULL).is_file():
+        differences += _twin_problems(main, load_graph(folder / FULL))
+    return differences
+
+
+def _layer_problems(linear: Linear, options: dict[str, Any]) -> list[str]:
+    bits = options["bits"]
+    if bits == 32:
+        return [f"{linear.name} is quantized to {linear.scheme.bits} bits, and float was asked for"] if linear.scheme else []
+    if linear.scheme is None:
+        return [f"{linear.name} is float, and {bits} bits were asked for"]
+    kind = linear.name.rsplit(".", 1)[-1]
+    # A tied embedding lies on the head's tensors and has no entry of its own.
+    wanted = options["layers"].get(kind) or options["layers"].get(HEAD, {})
+    lines = []
+    if (linear.scheme.bits, linear.scheme.block_size) != (wanted.get("bits"), wanted.get("block_size")):
+        lines.append(
+            f"{linear.name} has {linear.scheme.bits} bits in blocks of {linear.scheme.block_size}, and the recipe says "
+            f"{wanted.get('bits')} in {wanted.get('block_size')}"
+        )
+    if linear.accuracy_level is not None and linear.accuracy_level != options["accuracy_level"]:
+        lines.append(f"{linear.name} has accuracy level {linear.accuracy_level}, and the recipe says {options['accuracy_level']}")
+    return lines
+
+
+def _twin_problems(main: Model, full: Model) -> list[str]:
+    """The twins must read the same tensors of the same file at the same place."""
+    ours, theirs = _places(main), _places(full)
+    lines = [f"the twin graph has no tensor {name}" for name in ours if name not in theirs and "last_token" not in name]
+    lines += [f"{name} lies elsewhere in the twin graph" for name, place in ours.items() if name in theirs and place != theirs[name]]
+    if len(list(linears(main))) != len(list(linears(full))):
+        lines.append("the twin graph has another number of linear layers")
+    return lines
+
+
+def _places(model: Model) -> dict[str, tuple[Any, ...]]:
+    """Return where each large initializer lies: (file, offset, length)."""
+    import onnx_ir as ir
+
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+    return {name: (t.location, t.offset, t.length) for name, t in tensors.items() if isinstance(t, ir.ExternalTensor)}

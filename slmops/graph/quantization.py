@@ -1,0 +1,157 @@
+"""How do float weights become codes on a grid, and back?
+
+Weights are quantized in blocks along the input dimension; each block has a scale and a zero point:
+`weight = (code - zero_point) * scale`. This is what onnxruntime's MatMulNBits and GatherBlockQuantized compute
+(onnxruntime 1.31, docs/ContribOperators.md), so a dequantized matrix here is the matrix that the device multiplies with.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+# The range is shrunk by these before rounding: clipping the rarest values buys a finer step for all others.
+_SHRINK_4_BIT = (0.95, 0.9, 0.85, 0.8, 0.75)
+# Weights per piece of work: temporaries of a piece stay in a core's cache.
+_PIECE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one matrix is quantized."""
+
+    bits: int
+    """4 or 8."""
+    block_size: int
+    """Weights that share a scale: 16, 32, 64, 128 or 256, and a divisor of the input dimension."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized matrix of `outputs` x `inputs` weights."""
+
+    codes: np.ndarray
+    """(outputs, blocks, block_size), uint8, below 2 ** bits."""
+    scales: np.ndarray
+    """(outputs, blocks), float32."""
+    zero_points: np.ndarray
+    """(outputs, blocks), uint8."""
+    scheme: Scheme
+
+    def dequantize(self) -> np.ndarray:
+        """Return the weights, (outputs, inputs) float32."""
+        steps = self.codes.astype(np.float32) - self.zero_points.astype(np.float32)[..., None]
+        return (steps * self.scales[..., None]).reshape(self.codes.shape[0], -1)
+
+
+def quantize(weight: np.ndarray, scheme: Scheme) -> Quantized:
+    """Quantize a matrix, choosing each block's scale and zero point by least squares.
+
+    Each block tries a few ranges; for each, codes are rounded and the scale is fitted to them in closed form (as the
+    k-quants of llama.cpp do); the one of the smallest squared error wins. The result depends on the weights alone.
+
+    Args:
+        weight: (outputs, inputs), float.
+        scheme: bits and block size; the block size divides `inputs`.
+
+    Raises:
+        ValueError: the block size does not divide the input dimension.
+    """
+    outputs, inputs = weight.shape
+    if inputs % scheme.block_size:
+        raise ValueError(f"block size {scheme.block_size} does not divide {inputs} inputs")
+    blocks = inputs // scheme.block_size
+    rows = max(1, _PIECE // inputs)
+    pieces = [weight[at : at + rows] for at in range(0, outputs, rows)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = list(pool.map(lambda piece: _quantize_blocks(piece.astype(np.float32).reshape(-1, scheme.block_size), scheme.bits), pieces))
+    codes, scales, zero_points = (np.concatenate(parts) for parts in zip(*done, strict=True))
+    return Quantized(
+        codes=codes.reshape(outputs, blocks, scheme.block_size),
+        scales=scales.reshape(outputs, blocks),
+        zero_points=zero_points.reshape(outputs, blocks),
+        scheme=scheme,
+    )
+
+
+def pack(matrix: Quantized) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (weights, scales, zero points) in the layout of MatMulNBits: the low nibble is the earlier of two codes.
+
+    Returns:
+        weights (outputs, blocks, block_size * bits / 8) uint8, scales (outputs, blocks) float32, zero points
+        (outputs, ceil(blocks * bits / 8)) uint8.
+    """
+    if matrix.scheme.bits == 8:
+        return matrix.codes, matrix.scales, matrix.zero_points
+    return _nibbles(matrix.codes), matrix.scales, _nibbles(matrix.zero_points)
+
+
+def unpack(weights: np.ndarray, scales: np.ndarray, zero_points: np.ndarray | None, scheme: Scheme, outputs: int) -> Quantized:
+    """Read the tensors of a MatMulNBits node; the inverse of `pack`. No zero points means the middle of the range."""
+    blocks = scales.size // outputs
+    codes = weights.reshape(outputs, blocks, -1)
+    if scheme.bits == 4:
+        codes = _codes(codes)
+    if zero_points is None:
+        points = np.full((outputs, blocks), 1 << (scheme.bits - 1), np.uint8)
+    elif scheme.bits == 4:
+        points = _codes(zero_points.reshape(outputs, -1))[:, :blocks]
+    else:
+        points = zero_points.reshape(outputs, blocks)
+    return Quantized(codes, scales.reshape(outputs, blocks).astype(np.float32), points, scheme)
+
+
+def _quantize_blocks(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantize (blocks, block_size) float32; return codes, scales and zero points."""
+    top = float(2**bits - 1)
+    low, high = np.minimum(x.min(1), 0.0), np.maximum(x.max(1), 0.0)
+    step = np.maximum((high - low) / top, np.float32(1e-12))
+    zero = np.clip(np.rint(-low / step), 0, top)
+    best = _round_and_fit(x, step, zero, top)
+    for shrink in _SHRINK_4_BIT if bits == 4 else ():
+        best = _better(best, _round_and_fit(x, step * np.float32(shrink), zero, top))
+    for offset in (-1.0, 1.0) if bits == 4 else ():
+        best = _better(best, _round_and_fit(x, best[1], np.clip(zero + offset, 0, top), top))
+    best = _better(best, _round_and_fit(x, best[1], best[2], top))
+    codes, scales, zeros, _ = best
+    return codes.astype(np.uint8), scales.astype(np.float32), zeros.astype(np.uint8)
+
+
+_Fit = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _round_and_fit(x: np.ndarray, step: np.ndarray, zero: np.ndarray, top: float) -> _Fit:
+    """Round to the grid, then fit the scale to the codes by least squares; return codes, scales, zeros, squared error."""
+    codes = x / step[:, None]
+    np.rint(codes, out=codes)
+    codes += zero[:, None]
+    np.clip(codes, 0, top, out=codes)
+    distance = codes - zero[:, None]
+    energy = np.einsum("ij,ij->i", distance, distance)
+    product = np.einsum("ij,ij->i", distance, x)
+    scale = np.where((energy > 0) & (product > 0), product / np.maximum(energy, 1e-30), step).astype(np.float32)
+    distance *= scale[:, None]
+    distance -= x
+    return codes, scale, zero, np.einsum("ij,ij->i", distance, distance)
+
+
+def _better(best: _Fit, other: _Fit) -> _Fit:
+    """Return, block by block, the fit of the smaller error."""
+    wins = other[3] < best[3]
+    if not wins.any():
+        return best
+    codes, *rest = (np.where(wins[:, None] if new.ndim == 2 else wins, new, old) for old, new in zip(best, other, strict=True))
+    return codes, rest[0], rest[1], rest[2]
+
+
+def _nibbles(values: np.ndarray) -> np.ndarray:
+    if values.shape[-1] % 2:
+        values = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
+    return values[..., 0::2] | (values[..., 1::2] << 4)
+
+
+def _codes(packed: np.ndarray) -> np.ndarray:
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

@@ -1,0 +1,202 @@
+"""How does the builder's float graph become the one that ships? Quantized, with the embedding once, and a short head.
+
+Three rewrites, each exact but for the rounding that was asked for:
+
+- `quantize_graph`: every linear layer becomes a MatMulNBits by its scheme. A tied embedding becomes a
+  GatherBlockQuantized on the very tensors of the head, so it lies on disk and in memory once.
+- `keep_last_token`: what follows the last attention is computed for the last token only, as a prompt needs it.
+- `save_twins`: the graph with all logits and the one with the last, two small files on one data file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slmops import environment, progress
+from slmops.errors import RunFailed
+from slmops.graph.linears import EMBEDDING, HEAD, Linear, Model, Node, Value, embedding, linears, weights
+from slmops.graph.quantization import Quantized, Scheme, pack, quantize
+
+MAIN, FULL, DATA = "model.onnx", "model_full.onnx", "model.onnx.data"
+# Products in int8 with the activations quantized a block at a time: 2.4 x the decode speed of float products on AVX512-VNNI.
+ACCURACY_LEVEL = 4
+
+
+def quantize_graph(model: Model, scheme_of: Callable[[Linear], Scheme]) -> None:
+    """Quantize every linear layer of a float graph, in place, one tensor at a time.
+
+    Args:
+        model: a graph of the builder in float.
+        scheme_of: the scheme of each layer.
+    """
+    found = linears(model)
+    table = embedding(model)
+    tied = table is not None and any(table.tensors == linear.tensors for linear in found)
+    nodes = {
+        node.inputs[1].name: node
+        for node in model.graph
+        if node.op_type == "MatMul" and len(node.inputs) > 1 and node.inputs[1] is not None
+    }
+    with progress.task("quantize", total=len(found) + (table is not None and not tied), unit="layers") as task:
+        for linear in found:
+            matrix = quantize(weights(model, linear), scheme_of(linear))
+            values = _initializers(model, linear.tensors[0], matrix)
+            _replace_matmul(model, nodes[linear.tensors[0]], linear, matrix, values)
+            if tied and table is not None and linear.tensors == table.tensors:
+                _replace_gather(model, matrix, values)
+            _drop(model, linear.tensors[0])
+            task.advance()
+        if table is not None and not tied:
+            matrix = quantize(weights(model, table), scheme_of(table))
+            _replace_gather(model, matrix, _initializers(model, table.tensors[0], matrix))
+            _drop(model, table.tensors[0])
+            task.advance()
+
+
+def keep_last_token(model: Model) -> bool:
+    """Compute only the last token after the last attention: its output projection, MLP, norm and head.
+
+    The keys and values of all tokens are made before it, so nothing else changes. Where the graph's last layer does
+    not look as expected, only the head is shortened.
+
+    Returns:
+        Whether the cut is before the last layer's output projection (False: before the head).
+    """
+    head = _head(model)
+    attention: list[Node] = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    projection: Node | None = _single_user(attention[-1].outputs[0]) if attention else None
+    skip = _single_user(projection.outputs[0]) if projection is not None and projection.op_type in ("MatMul", "MatMulNBits") else None
+    is_norm = skip is not None and skip.op_type == "SkipSimplifiedLayerNormalization"
+    early = projection is not None and skip is not None and is_norm and skip.inputs[1] is projection.outputs[0]
+    if projection is not None and skip is not None and early:
+        _cut(model, projection, 0, "/model/last_token/attention")
+        _cut(model, skip, 0, "/model/last_token/residual")
+    else:
+        _cut(model, head, 0, "/model/last_token/head")
+    logits = model.graph.outputs[0]
+    onnx_ir = environment.require("onnx_ir", "to rewrite a graph")
+    logits.shape = onnx_ir.Shape([logits.shape[0], 1, logits.shape[2]])
+    return early
+
+
+def save_twins(model: Model, folder: Path) -> None:
+    """Write `model_full.onnx` (all logits), `model.onnx` (the last token's) and the data file of both.
+
+    Raises:
+        RunFailed: the graph does not end in `logits`.
+    """
+    onnx_ir = environment.require("onnx_ir", "to write a graph")
+    onnx_ir.save(model, folder / FULL, external_data=DATA)
+    short = onnx_ir.load(folder / FULL)
+    keep_last_token(short)
+    onnx_ir.save(short, folder / MAIN)
+
+
+def _initializers(model: Model, stem: str, matrix: Quantized) -> list[Value]:
+    """Register codes, scales and zero points as initializers; return them in the order that the operators want."""
+    onnx_ir = environment.require("onnx_ir", "to rewrite a graph")
+    values = []
+    for suffix, array in zip((f"_Q{matrix.scheme.bits}", "_scales", "_zero_points"), pack(matrix), strict=True):
+        tensor = onnx_ir.tensor(np.ascontiguousarray(array), name=stem + suffix)
+        value = onnx_ir.Value(name=stem + suffix, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
+        model.graph.initializers[value.name] = value
+        values.append(value)
+    return values
+
+
+def _replace_matmul(model: Model, node: Node, linear: Linear, matrix: Quantized, values: list[Value]) -> None:
+    attributes = {"K": linear.inputs, "N": linear.outputs, "bits": matrix.scheme.bits, "block_size": matrix.scheme.block_size}
+    _replace(model, node, "MatMulNBits", [node.inputs[0], *values], {**attributes, "accuracy_level": ACCURACY_LEVEL})
+
+
+def _replace_gather(model: Model, matrix: Quantized, values: list[Value]) -> None:
+    """Let the embedding read the quantized table: `values` as MatMulNBits lays them out, its codes seen as a matrix."""
+    onnx_ir = environment.require("onnx_ir", "to rewrite a graph")
+    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    gather = next(node for node in model.graph if node.op_type == "Gather" and ids in node.inputs)
+    transpose = gather.inputs[0].producer()
+    codes = values[0]
+    blocks, width = int(codes.shape[1]), int(codes.shape[2])
+    shape = onnx_ir.tensor(np.array([codes.shape[0], blocks * width], np.int64), name=f"{EMBEDDING}.shape")
+    constant = onnx_ir.Value(name=shape.name, shape=shape.shape, type=onnx_ir.TensorType(shape.dtype), const_value=shape)
+    model.graph.initializers[constant.name] = constant
+    reshape = onnx_ir.node("Reshape", [codes, constant], name=f"/{EMBEDDING.replace('.', '/')}/Reshape")
+    reshape.outputs[0].name = f"{reshape.name}/output_0"
+    model.graph.insert_before(gather, reshape)
+    attributes = {"bits": matrix.scheme.bits, "block_size": matrix.scheme.block_size, "gather_axis": 0, "quantize_axis": 1}
+    _replace(model, gather, "GatherBlockQuantized", [reshape.outputs[0], ids, *values[1:]], attributes)
+    if transpose is not None and not list(transpose.outputs[0].uses()):
+        model.graph.remove(transpose, safe=True)
+
+
+def _replace(model: Model, node: Node, operator: str, inputs: list[Any], attributes: dict[str, int]) -> None:
+    onnx_ir = environment.require("onnx_ir", "to rewrite a graph")
+    old = node.outputs[0]
+    new = onnx_ir.node(operator, inputs, attributes=attributes, domain="com.microsoft", name=node.name)
+    new.outputs[0].shape, new.outputs[0].type = old.shape, old.type
+    model.graph.insert_before(node, new)
+    name = old.name
+    outputs = [new.outputs[0] if value is old else value for value in model.graph.outputs]
+    model.graph.outputs[:] = outputs
+    old.replace_all_uses_with(new.outputs[0])
+    model.graph.remove(node, safe=True)
+    new.outputs[0].name = name
+
+
+def _cut(model: Model, node: Node, index: int, name: str) -> None:
+    """Let an input of a node, shaped (batch, tokens, width), carry its last token only."""
+    onnx_ir = environment.require("onnx_ir", "to rewrite a graph")
+    source = node.inputs[index]
+    last = onnx_ir.tensor(np.array([-1], np.int64), name=f"{name}/index")
+    constant = onnx_ir.Value(name=last.name, shape=last.shape, type=onnx_ir.TensorType(last.dtype), const_value=last)
+    model.graph.initializers[constant.name] = constant
+    # Gather with a one-element index keeps the axis: (batch, 1, width).
+    gather = onnx_ir.node("Gather", [source, constant], attributes={"axis": 1}, name=f"{name}/Gather")
+    gather.outputs[0].name = f"{name}/output_0"
+    gather.outputs[0].type = source.type
+    model.graph.insert_before(node, gather)
+    node.replace_input_with(index, gather.outputs[0])
+    _forget_downstream_shapes(gather.outputs[0])
+
+
+def _head(model: Model) -> Node:
+    node = model.graph.outputs[0].producer()
+    if model.graph.outputs[0].name != "logits" or node is None:
+        raise RunFailed(
+            "the builder's graph does not end in `logits`", "report the model's architecture: slmops does not know its head yet"
+        )
+    while node.op_type not in ("MatMul", "MatMulNBits"):
+        node = node.inputs[0].producer()
+        if node is None:
+            raise RunFailed(f"the builder's graph has no {HEAD} before its logits", "report the model's architecture")
+    return node
+
+
+def _single_user(value: Value) -> Any:
+    users = [use.node for use in value.uses()]
+    return users[0] if len(users) == 1 else None
+
+
+def _drop(model: Model, name: str) -> None:
+    value = model.graph.initializers.get(name)
+    if value is not None and not list(value.uses()):
+        model.graph.initializers.pop(name)
+
+
+def _forget_downstream_shapes(value: Value) -> None:
+    """Forget the recorded shapes after a cut: they count all tokens."""
+    pending, seen = [value], set()
+    while pending:
+        current = pending.pop()
+        for use in current.uses():
+            if use.node in seen:
+                continue
+            seen.add(use.node)
+            for output in use.node.outputs:
+                if output.name != "logits":
+                    output.shape = None
+                pending.append(output)

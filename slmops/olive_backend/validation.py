@@ -1,0 +1,211 @@
+"""Will Olive do everything that a workflow says? Every key that it would warn about, or drop without a word, is a problem.
+
+Olive 0.13 refuses unknown keys at the top level only: unknown keys of a pass and of the training arguments are a
+warning, those of the model and of data components nothing at all, and values are checked when the pass is about to run.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from slmops.errors import InvalidInput
+from slmops.olive_backend.requirements import require_olive
+
+# What Olive, pydantic and a user script raise for a workflow that is wrong.
+_REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, AssertionError, SyntaxError, NameError)
+_DTYPES = ("bfloat16", "float16", "float32")  # an assertion of Olive's at run time (lora.py:486)
+_COMPONENTS = ("load_dataset", "pre_process_data", "post_process_data", "dataloader")
+
+
+def validate(path: str | Path) -> dict[str, Any]:
+    """Read a workflow and check it; relative paths in it count from the working directory, as in `olive run`.
+
+    Raises:
+        InvalidInput: no such file, not JSON, or a workflow with problems; all of them are named.
+        Unavailable: Olive is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InvalidInput(f"no such file: {path}", "give the path of a workflow of Olive's (JSON)")
+    try:
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InvalidInput(f"{path} line {error.lineno}: broken JSON ({error.msg}, column {error.colno})", "mend that line") from None
+    found = problems(workflow)
+    if found:
+        raise InvalidInput(f"{path} is not a workflow that Olive would follow: {'; '.join(found)}", "mend what is named")
+    return workflow
+
+
+def problems(workflow: Mapping[str, Any]) -> list[str]:
+    """Return everything that is wrong with a workflow, one `where: what` each. User scripts in it are run.
+
+    Raises:
+        Unavailable: Olive is not installed.
+    """
+    require_olive("to check a workflow")
+    found = list(_shapes(workflow))
+    if found:
+        return found
+    from olive.workflows.run.config import RunConfig
+
+    given: dict[str, Any] = copy.deepcopy(dict(workflow))
+    found = [*_top(given), *_model(given["input_model"])]
+    for index, data in enumerate(given.get("data_configs") or []):
+        found += _data(f"data_configs[{index}]", data)
+    names = [data.get("name") for data in given.get("data_configs") or []]
+    for name, entry in given["passes"].items():
+        for run in entry if isinstance(entry, list) else [entry]:
+            found += _pass(f"passes.{name}", run, names)
+    # Olive changes the mapping that it is given.
+    return found or list(_refusal("workflow", lambda: RunConfig.model_validate(copy.deepcopy(given))))
+
+
+def _shapes(workflow: Any) -> Iterator[str]:
+    """Yield what is no mapping or list where one must stand; the other checks rely on it."""
+    if not isinstance(workflow, Mapping):
+        yield f"workflow: must be a mapping, not a {type(workflow).__name__}"
+        return
+    for key in ("input_model", "passes"):
+        if not isinstance(workflow.get(key), Mapping) or not workflow[key]:
+            yield f"{key}: must be a mapping, and not empty"
+    if not isinstance(workflow.get("engine") or {}, Mapping):
+        yield "engine: must be a mapping"
+    data_configs = workflow.get("data_configs") or []
+    if not isinstance(data_configs, list):
+        yield "data_configs: must be a list"
+        return
+    passes = workflow.get("passes")
+    runs = [(f"passes.{name}", run) for name, entry in passes.items() for run in _listed(entry)] if isinstance(passes, Mapping) else []
+    for where, section in [*((f"data_configs[{i}]", data) for i, data in enumerate(data_configs)), *runs]:
+        if not isinstance(section, Mapping):
+            yield f"{where}: must be a mapping, not a {type(section).__name__}"
+            continue
+        nested = ["config", *(f"{kind}_config" for kind in _COMPONENTS)]
+        yield from (f"{where}.{key}: must be a mapping" for key in nested if not isinstance(section.get(key) or {}, Mapping))
+
+
+def _listed(entry: Any) -> list[Any]:
+    return entry if isinstance(entry, list) else [entry]
+
+
+def _top(workflow: dict[str, Any]) -> Iterator[str]:
+    from olive.workflows.run.config import RunConfig, RunEngineConfig
+
+    engine = set(RunEngineConfig.model_fields)
+    yield from _unknown("workflow", workflow, set(RunConfig.model_fields) | engine)
+    yield from _unknown("engine", workflow.get("engine") or {}, engine)
+
+
+def _model(model: dict[str, Any]) -> Iterator[str]:
+    from olive.model.config.registry import get_model_handler, is_valid_model_type
+
+    if not is_valid_model_type(str(model.get("type"))):
+        yield f"input_model: unknown type '{model.get('type')}'"
+        return
+    handler = get_model_handler(model["type"])
+    yield from _unknown("input_model", _flat(model, {"type"}, "config"), set(inspect.signature(handler.__init__).parameters) - {"self"})
+
+
+def _data(where: str, data: dict[str, Any]) -> Iterator[str]:
+    from olive.data.config import DataConfig
+    from olive.data.registry import Registry
+
+    yield from _unknown(where, data, DataConfig.model_fields)
+    refused = list(_refusal(where, lambda: DataConfig(**copy.deepcopy(data))))  # runs the user script: its components are known now
+    if refused:
+        yield from refused
+        return
+    resolved = DataConfig(**copy.deepcopy(data))
+    for kind in _COMPONENTS:
+        key = f"{kind}_config"
+        if not data.get(key):
+            continue
+        parameters = inspect.signature(Registry.get_component(kind, getattr(resolved, key).type)).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            continue  # it takes anything: nobody can tell
+        own = list(parameters)[0 if kind == "load_dataset" else 1 :]
+        values = _flat(data[key], {"type"}, "params")
+        yield from _unknown(f"{where}.{key}", values, own)
+        missing = [name for name in own if parameters[name].default is inspect.Parameter.empty and name not in values]
+        yield from (f"{where}.{key}: required key '{name}' is missing" for name in missing)
+
+
+def _pass(where: str, run: dict[str, Any], names: Collection[Any]) -> Iterator[str]:
+    from olive.engine.config import RunPassConfig
+    from olive.hardware.accelerator import AcceleratorSpec
+    from olive.package_config import OlivePackageConfig
+
+    try:
+        chosen = OlivePackageConfig.load_default_config().import_pass_module(str(run.get("type")))
+    except (ValueError, ImportError) as error:
+        yield f"{where}: {_line(error)}"
+        return
+    accelerator = AcceleratorSpec("cpu")
+    known: dict[str, Any] = chosen.default_config(accelerator)
+    given = _flat(run, set(RunPassConfig.model_fields) - {"config"}, "config")
+    yield from _unknown(where, given, known)
+    yield from (f"{where}: required key '{key}' is missing" for key, entry in known.items() if entry.required and key not in given)
+    for key, value in given.items():
+        if key.endswith("data_config") and isinstance(value, str) and value not in names:
+            yield f"{where}.{key}: no data config is named '{value}'"
+        elif key.endswith("data_config") and isinstance(value, dict):
+            yield from _data(f"{where}.{key}", value)
+        elif key in ("torch_dtype", "compute_dtype") and key in known and value not in (None, *_DTYPES):
+            yield f"{where}.{key}: '{value}' is none of {', '.join(_DTYPES)}"
+    config_class = chosen.get_config_class(accelerator, disable_search=True)[0]
+    stand_in = {key: {"name": "stand_in"} if key.endswith("data_config") else copy.deepcopy(value) for key, value in given.items()}
+    yield from _refusal(where, lambda: config_class(**stand_in))
+    if isinstance(given.get("training_args"), dict) and "training_args" in known:
+        yield from _training(f"{where}.training_args", given["training_args"], known["training_args"])
+
+
+def _training(where: str, arguments: dict[str, Any], parameter: Any) -> Iterator[str]:
+    import transformers
+    from olive.common.config_utils import NestedConfig
+
+    nested = [t for t in getattr(parameter.type_, "__args__", ()) if isinstance(t, type) and issubclass(t, NestedConfig)]
+    trainer = {field.name for field in dataclasses.fields(transformers.TrainingArguments) if field.init}
+    own = set(nested[0].model_fields) - {"extra_args"}
+    # Fields of Olive's that transformers has no more, such as warmup_ratio (train_utils.py:90), and fp16 (lora.py:94).
+    dropped = {"fp16"} | {key for key in own - trainer if key != "overwrite_output_dir"}
+    every = {**arguments, **(arguments.get("extra_args") or {})}
+    yield from (f"{where}: '{key}' is dropped by Olive: {_instead(key)}" for key in sorted(dropped & set(every)))
+    yield from _unknown(where, _flat(arguments, own, "extra_args"), trainer)
+    values = {**copy.deepcopy(arguments), "output_dir": arguments.get("output_dir") or "."}
+    yield from _refusal(where, lambda: nested[0](**values).create_training_args())
+
+
+def _instead(key: str) -> str:
+    return {"warmup_ratio": "give warmup_steps (below 1 it is a share)", "fp16": "give the pass's torch_dtype"}.get(key, "leave it out")
+
+
+def _unknown(where: str, keys: Collection[str], allowed: Collection[str]) -> Iterator[str]:
+    from difflib import get_close_matches
+
+    for key in sorted(set(keys) - set(allowed)):
+        near = get_close_matches(key, list(allowed), n=1)
+        yield f"{where}: unknown key '{key}'{f' (did you mean {near[0]}?)' if near else ''}"
+
+
+def _flat(section: Mapping[str, Any], own: Collection[str], nested: str) -> dict[str, Any]:
+    """Return the keys of a section's nested mapping with those that may stand beside it."""
+    beside = {key: value for key, value in section.items() if key not in own and key != nested}
+    return {**(section.get(nested) or {}), **beside}
+
+
+def _refusal(where: str, attempt: Callable[[], Any]) -> Iterator[str]:
+    try:
+        attempt()
+    except _REFUSALS as error:
+        yield f"{where}: Olive refuses it: {_line(error)}"
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,215 @@
+"""How does an export run? Logits and batched answers straight from the graph, single answers by onnxruntime-genai.
+
+What a device runs is onnxruntime-genai's Generator, so `stream` and `time` use it. `logits` and `generate` ask the same
+graph through `slmops.runtime.decoder`, exactly and in batches; `verify` holds the two against each other.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slmops import environment
+from slmops.errors import BadArtifact, InvalidInput, RunFailed
+from slmops.runtime.decoder import Cache, Decoder, greedy, pieces
+from slmops.runtime.runner import Sampling, Timing
+
+FULL = "model_full.onnx"
+_LOGITS_BYTES = 64 << 20  # of one piece of logits
+_CACHE_BYTES = 256 << 20  # of the keys and values of one batch
+
+
+class GenaiRunner:
+    """An export, or any folder that onnxruntime-genai runs on the CPU; implements `Runner`.
+
+    Args:
+        folder: holds `genai_config.json`, the graph and its data.
+        threads: of the operators.
+
+    Raises:
+        BadArtifact: a file is missing or cannot be loaded.
+        Unavailable: onnxruntime-genai is missing, or the folder is for another provider.
+    """
+
+    engine = "genai"
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.folder, self.threads = folder, threads
+        try:
+            self.config: dict[str, Any] = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+            self.max_length_tokens = int(self.config["search"].get("max_length") or self.config["model"]["context_length"])
+            self._main_name: str = self.config["model"]["decoder"]["filename"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadArtifact(f"{folder} has no genai_config.json that can be used: {error!r}", "export the model again") from error
+
+    def logits(self, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Yield the logits of each row: see `Runner`."""
+        for row in rows:
+            self._check(row, 0)
+            if self._full is None:
+                yield self._logits_by_token(row)
+                continue
+            cache = Cache(self._full, 1, len(row))
+            parts = [
+                self._full.run(np.array([row[start:end]]), np.array([end]), cache.arrays)[0]
+                for start, end in pieces(len(row), self._piece_tokens)
+            ]
+            yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_token_ids: Sequence[int], batch_size: int = 32
+    ) -> Iterator[list[int]]:
+        """Yield the greedy answer to each prompt: see `Runner`. Computed shortest first; given back in order."""
+        for ids in prompts:
+            self._check(ids, 1)
+        answers: dict[int, list[int]] = {}
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        given = 0
+        while order:
+            rows = order[: self._fitting(order, prompts, max_new_tokens, batch_size)]
+            order = order[len(rows) :]
+            room = self.max_length_tokens - max(len(prompts[i]) for i in rows)
+            answers |= self._batch(rows, prompts, min(max_new_tokens, room), frozenset(stop_token_ids))
+            while given in answers:
+                yield answers.pop(given)
+                given += 1
+
+    def stream(
+        self, prompt: Sequence[int], *, max_new_tokens: int, stop_token_ids: Sequence[int], sampling: Sampling | None = None
+    ) -> Iterator[int]:
+        """Yield one answer's tokens as they come: see `Runner`."""
+        self._check(prompt, 1)
+        chosen = sampling or Sampling()
+        length = min(len(prompt) + max_new_tokens, self.max_length_tokens)
+        options: dict[str, Any] = {"max_length": length, "do_sample": chosen.temperature > 0}
+        if chosen.temperature > 0:
+            options |= {"temperature": chosen.temperature, "top_p": chosen.top_p, "random_seed": chosen.seed}
+            options["top_k"] = chosen.top_k or self._decoder.vocabulary
+        generator = self._generator(options)
+        generator.append_tokens(np.asarray(prompt, np.int32))
+        for _ in range(length - len(prompt)):
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if token in stop_token_ids:
+                return
+            yield token
+            if generator.is_done():
+                return
+
+    def time(self, prompt: Sequence[int], *, new_tokens: int) -> Timing:
+        """Generate exactly `new_tokens` and time each: see `Runner`."""
+        length = len(prompt) + new_tokens
+        if length > self.max_length_tokens:
+            raise InvalidInput(
+                f"{len(prompt)} prompt and {new_tokens} new tokens do not fit the package's {self.max_length_tokens}",
+                "give fewer --prompt-tokens or --new-tokens, or export with a larger --max-length-tokens",
+            )
+        generator = self._generator({"max_length": length, "min_length": length, "do_sample": False})
+        ids = np.asarray(prompt, np.int32)
+        start = time.perf_counter()
+        generator.append_tokens(ids)
+        generator.generate_next_token()
+        first = last = time.perf_counter()
+        steps = []
+        for _ in range(new_tokens - 1):
+            generator.generate_next_token()
+            now = time.perf_counter()
+            steps.append(now - last)
+            last = now
+        return Timing(first - start, tuple(steps))
+
+    def close(self) -> None:
+        """Free the sessions."""
+        for name in ("_decoder", "_full", "_model"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self.folder, self.config, self._main_name, self.threads)
+
+    @cached_property
+    def _full(self) -> Decoder | None:
+        """The graph with all logits: the twin, or the main graph where it has them; None where neither has."""
+        if (self.folder / FULL).is_file():
+            return Decoder(self.folder, self.config, FULL, self.threads)
+        return None if self._decoder.last_only else self._decoder
+
+    @cached_property
+    def _model(self) -> Any:
+        """The model as onnxruntime-genai loads it. A corrupt graph is refused by onnxruntime before it gets here."""
+        og = environment.require("onnxruntime_genai", "to run a package")
+        config = og.Config(str(self.folder))
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": self.threads}}}}))
+        try:
+            return og.Model(config)
+        except RuntimeError as error:
+            raise BadArtifact(
+                f"onnxruntime-genai cannot load {self.folder}: {str(error).splitlines()[0][:300]}", "export the model again"
+            ) from error
+
+    @property
+    def _piece_tokens(self) -> int:
+        return max(3, _LOGITS_BYTES // (4 * self._decoder.vocabulary))
+
+    def _generator(self, options: dict[str, Any]) -> Any:
+        og = environment.require("onnxruntime_genai", "to run a package")
+        parameters = og.GeneratorParams(self._model)
+        parameters.set_search_options(**options)
+        return og.Generator(self._model, parameters)
+
+    def _logits_by_token(self, row: Sequence[int]) -> np.ndarray:
+        """Teacher-force a graph that gives the last token's logits only, a token at a time."""
+        cache = Cache(self._decoder, 1, len(row))
+        steps = [self._decoder.run(np.array([[token]]), np.array([i + 1]), cache.arrays)[0] for i, token in enumerate(row)]
+        return np.concatenate(steps)
+
+    def _batch(
+        self, chosen: Sequence[int], prompts: Sequence[Sequence[int]], max_new_tokens: int, stops: frozenset[int]
+    ) -> dict[int, list[int]]:
+        """Answer some prompts: each is prefilled alone, then they step together, and finished rows leave the batch."""
+        rows = np.array(chosen)
+        lengths = np.array([len(prompts[i]) for i in rows])
+        cache = Cache(self._decoder, len(rows), int(lengths.max()) + max_new_tokens)
+        tokens = greedy(np.stack([self._decoder.prefill(prompts[i], cache.row(k), self._piece_tokens) for k, i in enumerate(rows)]))
+        answers: dict[int, list[int]] = {i: [] for i in chosen}
+        alive = np.ones(len(rows), bool)
+        for count in range(1, max_new_tokens + 1):
+            for k in np.flatnonzero(alive):
+                alive[k] = int(tokens[k]) not in stops
+                if alive[k]:
+                    answers[int(rows[k])].append(int(tokens[k]))
+            if count == max_new_tokens or not alive.any():
+                break
+            if alive.sum() <= 0.75 * len(rows):  # a finished row costs as much as any other
+                keep = np.flatnonzero(alive)
+                cache.keep(keep)
+                rows, lengths, tokens, alive = rows[keep], lengths[keep], tokens[keep], alive[keep]
+            tokens = greedy(self._decoder.run(tokens[:, None], lengths + count, cache.arrays)[:, -1])
+        return answers
+
+    def _fitting(self, order: list[int], prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> int:
+        """Return how many of the next rows (sorted by length) fit one batch's cache."""
+        per_token = sum(heads * size * np.dtype(dtype).itemsize for heads, size, dtype in self._decoder.cache_shapes)
+        count = 0
+        for i in order[:batch_size]:
+            if count and (count + 1) * (len(prompts[i]) + max_new_tokens) * per_token > _CACHE_BYTES:
+                break
+            count += 1
+        return count
+
+    def _check(self, ids: Sequence[int], new_tokens: int) -> None:
+        if len(ids) == 0:
+            raise InvalidInput("the prompt has no tokens", "give some text")
+        if len(ids) + new_tokens > self.max_length_tokens:
+            raise InvalidInput(
+                f"a prompt of {len(ids)} tokens does not fit the package's {self.max_length_tokens}",
+                "shorten it, or export with a larger --max-length-tokens",
+            )
+        if min(ids) < 0 or max(ids) >= self._decoder.vocabulary:  # the embedding takes -1 for the last row, silently
+            raise RunFailed(f"a token id outside 0 to {self._decoder.vocabulary - 1}", "the tokenizer is not this model's")

@@ -1,0 +1,145 @@
+"""How is a PyTorch model loaded: a model folder, or a base with an adapter on it? Safetensors only, never remote code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slmops import artifact, environment
+from slmops.artifact import Artifact
+from slmops.errors import BadArtifact, Unavailable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def quiet_libraries() -> Any:
+    """Import transformers without its own bars and advice; progress is ours to show."""
+    transformers = environment.require("transformers", "to load a PyTorch model")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def load_model(folder: Path, *, precision: str = "fp32", nf4: bool = False, device: str | None = None) -> nn.Module:
+    """Load a causal language model from its folder.
+
+    Args:
+        folder: Hugging Face folder with safetensors.
+        precision: of the weights in memory: fp32 or bf16.
+        nf4: hold the linear layers in nf4 with double quantization, as QLoRA does.
+        device: for `nf4`: where bitsandbytes puts the layers; None: the GPU if there is one.
+
+    Raises:
+        Unavailable: torch, transformers or bitsandbytes is missing, or the architecture needs code of its own.
+        BadArtifact: the weights do not fit the config.
+    """
+    torch = environment.require("torch", "to load a PyTorch model")
+    transformers = quiet_libraries()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    extra: dict[str, Any] = {}
+    if nf4:
+        environment.require("bitsandbytes", "for weights in nf4 (qlora)")
+        extra = {"quantization_config": nf4_config(dtype), "device_map": device or ("auto" if torch.cuda.is_available() else "cpu")}
+    try:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **extra
+        )
+    except (ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Unavailable(f"transformers cannot load {folder}: {reason}", "give a ...ForCausalLM model that transformers knows") from error
+    except (RuntimeError, OSError) as error:
+        raise BadArtifact(
+            f"{folder} cannot be loaded: {' '.join(str(error).split())[:200]}", "download or convert the model again"
+        ) from error
+    missing = sorted(report.get("missing_keys") or [])
+    if missing:
+        raise BadArtifact(f"{folder} lacks {len(missing)} weights, such as {missing[0]}", "download or convert the model again")
+    return model
+
+
+def nf4_config(dtype: Any) -> Any:
+    """Return the quantization that QLoRA trains on (Dettmers et al. 2023, arXiv 2305.14314: nf4, double quantization)."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read `adapter_config.json` of a PEFT folder.
+
+    Raises:
+        BadArtifact: no adapter there, one saved as a pickle, or a broken config.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise BadArtifact(f"{folder} has no adapter_config.json: it is not a PEFT adapter", "give the folder that `slmops finetune` wrote")
+    if not (folder / "adapter_model.safetensors").is_file():
+        hint = "save it again as safetensors; slmops loads no pickle" if (folder / "adapter_model.bin").is_file() else "copy it again"
+        raise BadArtifact(f"{folder} has no adapter_model.safetensors", hint)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise BadArtifact(f"{path} is not JSON: {error}", "copy the adapter again") from None
+
+
+def find_base(folder: Path, found: Artifact | None, details: dict[str, Any], given: str | None = None) -> Path:
+    """Return the base model's folder, once it is seen to be the one that the adapter was trained on.
+
+    Args:
+        folder: the adapter.
+        found: its artefact; None for an adapter of somebody else's, whose base is not checked.
+        details: its `adapter_config.json`.
+        given: a folder to use in place of the recorded one.
+
+    Raises:
+        BadArtifact: it is nowhere, or its hash differs from the one recorded in training.
+    """
+    recorded = found.manifest.input("base") if found is not None else None
+    place = Path(given) if given else (found.find("base") if found is not None else None)
+    if place is None and details.get("base_model_name_or_path"):
+        place = Path(details["base_model_name_or_path"])
+    if place is None or not place.is_dir():
+        raise BadArtifact(f"the base model of {folder} is not at {place or recorded and recorded.path}", "give its folder with --base")
+    artifact.require_model(place)
+    if recorded is not None and artifact.fingerprint(place) != recorded.sha256:
+        raise BadArtifact(
+            f"{place} is not the base that {folder} was trained on: its hash differs", "give the right one with --base, or train again"
+        )
+    return place
+
+
+def load_adapted(base: Path, adapter: Path, *, precision: str = "fp32") -> nn.Module:
+    """Load base + adapter, unmerged; a base that was trained on in nf4 has the values of nf4, in float.
+
+    Raises:
+        BadArtifact: a tensor of the adapter has no place in this base, or the wrong shape.
+    """
+    peft = environment.require("peft", "to load an adapter")
+    found = artifact.find(adapter)
+    quantized = found is not None and found.manifest.facts.get("method") == "qlora"
+    model: Any = load_model(base, precision=precision, nf4=quantized, device="cpu" if quantized else None)
+    if quantized:
+        model = model.dequantize()
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, adapter, is_trainable=False)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadArtifact(f"{adapter} does not fit {base}: {reason}", "give the base that it was trained on with --base") from error
+    refuse_unused(adapted, adapter)
+    return adapted.eval()
+
+
+def refuse_unused(adapted: Any, adapter: Path) -> None:
+    """Raise BadArtifact where PEFT loaded tensors into nothing: it says no word, and the adapter has no effect."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as stored:
+        names = set(stored.keys())
+    lost = sorted(names - set(get_peft_model_state_dict(adapted)))
+    if lost:
+        raise BadArtifact(
+            f"{adapter}: {len(lost)} tensors have no place in this base, such as {lost[0]}", "give the base that it was trained on"
+        )

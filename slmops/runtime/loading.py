@@ -1,0 +1,98 @@
+"""What is behind a path, and how is it loaded to run? Model, adapter, export, package: each with its tokenizer and interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from slmops import artifact, environment
+from slmops.artifact import Artifact
+from slmops.data import Interface, Tokenizer, choose_interface
+from slmops.errors import BadArtifact
+from slmops.runtime.runner import Runner
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run, and how text goes in and out of it."""
+
+    runner: Runner
+    tokenizer: Tokenizer
+    interface: Interface
+    artifact: Artifact | None
+    """None for a folder that slmops did not write."""
+    kind: str
+    """`export`, `adapter` or `model`."""
+
+
+def kind_of(folder: Path) -> str:
+    """Say what a folder is by its files: `export` (genai runs it), `adapter` (PEFT) or `model` (Hugging Face).
+
+    Raises:
+        BadArtifact: none of the three, or no such folder.
+    """
+    if not folder.is_dir():
+        raise BadArtifact(f"no such folder: {folder}", "give the folder of a model, adapter or export")
+    for name, kind in (("genai_config.json", "export"), ("adapter_config.json", "adapter"), ("config.json", "model")):
+        if (folder / name).is_file():
+            return kind
+    raise BadArtifact(
+        f"{folder} holds no model, adapter or export", "give a folder with config.json, adapter_config.json or genai_config.json"
+    )
+
+
+def open_model(folder: Path | str, *, threads: int | None = None, base_only: bool = False, precision: str = "fp32") -> Loaded:
+    """Load what is behind a path.
+
+    An artefact is checked against its hashes before anything of it is loaded.
+
+    Args:
+        folder: of an export, a model or an adapter (base and adapter are loaded, unmerged).
+        threads: of the engine; None: all cores that may be used.
+        base_only: of an adapter, its base alone, with the adapter's interface.
+        precision: of a PyTorch model: fp32 or bf16.
+
+    Raises:
+        BadArtifact: incomplete, changed, or not a model.
+        Unavailable: the engine is not installed.
+    """
+    folder = Path(folder)
+    kind = kind_of(folder)
+    found = artifact.find(folder)
+    if found is not None:
+        artifact.check(found)
+    count = threads or environment.usable_cores()
+    runner = _genai(folder, count) if kind == "export" else _torch(folder, kind, found, count, base_only, precision)
+    interface = interface_of(folder, found)
+    return Loaded(runner, Tokenizer.load(_tokenizer_folder(folder, runner)), interface, found, kind)
+
+
+def interface_of(folder: Path, found: Artifact | None) -> Interface:
+    """Return the interface that travels with a folder, or what can be told from a folder of somebody else's."""
+    if found is not None and found.manifest.interface is not None:
+        return Interface.model_validate(found.manifest.interface)
+    return choose_interface(folder, [])[0]
+
+
+def _genai(folder: Path, threads: int) -> Runner:
+    from slmops.runtime.genai_runner import GenaiRunner
+
+    return GenaiRunner(folder, threads)
+
+
+def _torch(folder: Path, kind: str, found: Artifact | None, threads: int, base_only: bool, precision: str) -> Runner:
+    from slmops.runtime import hugging_face
+    from slmops.runtime.torch_runner import TorchRunner
+
+    if kind == "model":
+        return TorchRunner(hugging_face.load_model(artifact.require_model(folder), precision=precision), folder, threads)
+    details = hugging_face.read_adapter_config(folder)
+    base = hugging_face.find_base(folder, found, details)
+    if base_only:
+        return TorchRunner(hugging_face.load_model(base, precision=precision), base, threads)
+    return TorchRunner(hugging_face.load_adapted(base, folder, precision=precision), folder, threads)
+
+
+def _tokenizer_folder(folder: Path, runner: Runner) -> Path:
+    """A PEFT folder of somebody else's may come without a tokenizer: its base has one."""
+    return folder if (folder / "tokenizer.json").is_file() or runner.engine != "torch" else Path(getattr(runner, "folder", folder))

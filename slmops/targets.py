@@ -1,0 +1,173 @@
+"""Which device, execution provider and precision can a model be exported for, and how far has each been checked?
+
+A target is "executed" where slmops has run such an export on that provider, "compiled" where the provider's compiler
+took it without the device, and "built" where only the graph was written. Nothing is claimed beyond what was executed.
+
+The tables follow onnxruntime-genai 0.18's model builder; a test compares them with the builder's source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal
+
+from slmops.errors import Unavailable
+
+Level = Literal["built", "compiled", "executed"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One device, provider and precision that an export can be made for."""
+
+    device: str
+    provider: str
+    precision: str
+    builder_provider: str
+    """What the model builder calls the provider."""
+    builder_precision: str
+    """What the model builder calls the precision."""
+    ort_provider: str
+    """What onnxruntime calls the provider."""
+    runtime_package: str
+    """Distribution that runs the export."""
+    level: Level
+    """How far this target was taken by slmops's own tests."""
+    lacks: str
+    """What the target cannot do, in one line; empty where nothing is known to lack."""
+    check: str
+    """How it was checked, in one line."""
+
+    def document(self) -> dict[str, str]:
+        """Return the JSON form."""
+        return {
+            "device": self.device,
+            "provider": self.provider,
+            "precision": self.precision,
+            "level": self.level,
+            "runtime_package": self.runtime_package,
+            "lacks": self.lacks,
+            "check": self.check,
+        }
+
+
+def _cpu(precision: str, check: str) -> Target:
+    return Target("cpu", "cpu", precision, "cpu", precision, "CPUExecutionProvider", "onnxruntime-genai", "executed", "", check)
+
+
+TARGETS = (
+    _cpu("fp32", "logits equal PyTorch's to 2e-4 and answers are the same, on this CPU"),
+    _cpu("int8", "KL and task metric against PyTorch within the bars of `slmops verify`, on this CPU"),
+    _cpu("int4", "KL and task metric against PyTorch within the bars of `slmops verify`, on this CPU"),
+)
+
+# What the builder writes without complaint and the runtime then refuses: worse than an error at once.
+_FAILS_AT_RUN_TIME = {
+    ("cpu", "fp16"): "the graph builds and then fails at run time: onnxruntime has no fp16 kernels for it on a CPU",
+    ("cpu", "bf16"): "the graph builds and then fails at run time: onnxruntime has no bf16 kernels for it on a CPU",
+}
+
+# Hugging Face `architectures[0]` -> class of the model builder, for text-only causal language models.
+ARCHITECTURES = {
+    "ChatGLMForConditionalGeneration": "ChatGLMModel",
+    "ChatGLMModel": "ChatGLMModel",
+    "Ernie4_5ForCausalLM": "ErnieModel",
+    "Gemma2ForCausalLM": "Gemma2Model",
+    "Gemma3ForCausalLM": "Gemma3Model",
+    "GemmaForCausalLM": "GemmaModel",
+    "GptOssForCausalLM": "GPTOSSModel",
+    "GraniteForCausalLM": "GraniteModel",
+    "GraniteMoeHybridForCausalLM": "GraniteMoEHybridModel",
+    "HunYuanDenseV1ForCausalLM": "HunyuanDenseV1Model",
+    "InternLM2ForCausalLM": "InternLM2Model",
+    "Lfm2ForCausalLM": "LFM2Model",
+    "Lfm2MoeForCausalLM": "LFM2MoEModel",
+    "LlamaForCausalLM": "LlamaModel",
+    "MistralForCausalLM": "MistralModel",
+    "NemotronForCausalLM": "NemotronModel",
+    "OlmoForCausalLM": "OLMoModel",
+    "Phi3ForCausalLM": "Phi3MiniModel",
+    "Phi3SmallForCausalLM": "Phi3SmallModel",
+    "PhiForCausalLM": "PhiModel",
+    "Qwen2ForCausalLM": "QwenModel",
+    "Qwen3ForCausalLM": "Qwen3Model",
+    "SmolLM3ForCausalLM": "SmolLM3Model",
+}
+
+_MORE_THAN_TEXT = "it takes images or sound as well as text, and slmops exports text-only models"
+# What the builder knows and slmops does not take, with the reason.
+REFUSED_ARCHITECTURES = {
+    "Gemma3ForConditionalGeneration": _MORE_THAN_TEXT,
+    "Gemma4ForConditionalGeneration": _MORE_THAN_TEXT,
+    "Gemma4UnifiedForConditionalGeneration": _MORE_THAN_TEXT,
+    "Lfm2AudioForConditionalGeneration": _MORE_THAN_TEXT,
+    "Lfm2VlForConditionalGeneration": _MORE_THAN_TEXT,
+    "Mistral3ForConditionalGeneration": _MORE_THAN_TEXT,
+    "Phi3VForCausalLM": _MORE_THAN_TEXT,
+    "Phi4MMForCausalLM": _MORE_THAN_TEXT,
+    "PhiMoEForCausalLM": "the model builder makes it for CUDA only",
+    "Qwen2_5_VLForConditionalGeneration": _MORE_THAN_TEXT,
+    "Qwen3VLForConditionalGeneration": _MORE_THAN_TEXT,
+    "Qwen3_5ForConditionalGeneration": _MORE_THAN_TEXT,
+    "Qwen3_5MoeForConditionalGeneration": _MORE_THAN_TEXT,
+    "VideoChatFlashQwenForCausalLM": _MORE_THAN_TEXT,
+    "WhisperForConditionalGeneration": "it is a speech recognizer, not a causal language model",
+}
+
+
+def find(device: str = "cpu", provider: str | None = None, precision: str = "int4") -> Target:
+    """Return the target of a device, provider (None: the device's usual one) and precision.
+
+    Raises:
+        Unavailable: there is none; the message says what is missing and the hint names the nearest that works.
+    """
+    of_device = [target for target in TARGETS if target.device == device]
+    if not of_device:
+        known = _listed({target.device for target in TARGETS})
+        raise Unavailable(f"this slmops has no target for device {device!r} (it has: {known})", _nearest(TARGETS, precision))
+    of_provider = [target for target in of_device if provider in (None, target.provider, target.ort_provider)]
+    if not of_provider:
+        names = sorted({target.provider for target in of_device})
+        close = get_close_matches(str(provider), names, n=1)
+        guess = f"; did you mean {close[0]}?" if close else ""
+        raise Unavailable(
+            f"this slmops has no provider {provider!r} for device {device} (it has: {_listed(names)}{guess})", _nearest(of_device, precision)
+        )
+    exact = [target for target in of_provider if target.precision == precision]
+    if not exact:
+        why = _FAILS_AT_RUN_TIME.get((of_provider[0].provider, precision), "no such pair was ever executed")
+        raise Unavailable(f"precision {precision} does not run on {device}: {why}", _nearest(of_provider, precision))
+    return exact[0]
+
+
+def builder_class(architecture: str) -> str:
+    """Return the model builder's class for a Hugging Face architecture (`architectures[0]` of config.json).
+
+    Raises:
+        Unavailable: the builder has none, or slmops does not take it.
+    """
+    if architecture in ARCHITECTURES:
+        return ARCHITECTURES[architecture]
+    reason = REFUSED_ARCHITECTURES.get(architecture, "onnxruntime-genai's model builder does not know it")
+    close = get_close_matches(architecture, ARCHITECTURES, n=1, cutoff=0.85)
+    guess = f"did you mean {close[0]}? " if close else ""
+    families = "Llama, Mistral, Qwen2, Qwen3, Phi3, Gemma, SmolLM3, Granite, OLMo and others"
+    raise Unavailable(
+        f"architecture {architecture} cannot be exported: {reason}",
+        f"{guess}choose a base model of another family ({families}); fine-tuning, merging and evaluating in PyTorch may still work",
+    )
+
+
+def _nearest(targets: tuple[Target, ...] | list[Target], precision: str) -> str:
+    same = [target for target in targets if target.precision == precision]
+    chosen = same or list(targets)
+    precisions = [target.precision for target in chosen]
+    # Whoever asked for 16 bits cares for size: the smaller ones first.
+    precisions.sort(key=lambda name: ("int8", "int4", "fp32").index(name) if name in ("int8", "int4", "fp32") else 9)
+    return f"use --device {chosen[0].device} --precision {_listed(precisions, 'or')}"
+
+
+def _listed(names: set[str] | list[str], word: str = "and") -> str:
+    ordered = sorted(names) if isinstance(names, set) else names
+    return ordered[0] if len(ordered) == 1 else f"{', '.join(ordered[:-1])} {word} {ordered[-1]}"

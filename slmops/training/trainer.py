@@ -1,0 +1,165 @@
+"""What does one training step compute?
+
+A `transformers.Trainer`, so that checkpoints, resume, schedules, trackers and `accelerate launch` come with it. Three
+things are ours: the batches (`slmops.training.batches`), a loss that asks the model for the logits of supervised
+positions only, and a validation loss weighted by token that keeps the best adapter.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from slmops import progress
+from slmops.errors import RunFailed
+from slmops.training.batches import IGNORED, Batches, collate
+
+Row = tuple[list[int], list[int]]
+
+
+class Rows(Dataset):
+    """Rows as (ids, labels)."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+
+class EpochBatches:
+    """A batch sampler for `DataLoader` that shuffles anew each epoch; transformers and accelerate call `set_epoch`."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        self.batch_size = batches.batch_size
+        self.drop_last = False
+        self.number = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.number = epoch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.batches.epoch(self.number)
+
+
+class SupervisedTrainer(Trainer):
+    """Trains on supervised tokens; see the module's docstring.
+
+    Args:
+        model: a causal language model, wrapped by PEFT or not.
+        args: the Trainer's own arguments.
+        train_rows: (ids, labels) of each training row.
+        validation_rows: the same for validation; may be empty.
+        seed: of the order of batches.
+        keep: called with the model whenever the validation loss is the lowest so far.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: TrainingArguments, train_rows: list[Row], validation_rows: list[Row], seed: int, keep: Any
+    ) -> None:
+        super().__init__(model=model, args=args, train_dataset=Rows(train_rows), eval_dataset=Rows(validation_rows))  # type: ignore[arg-type]
+        self.validation_rows = validation_rows
+        self.order = Batches([len(ids) for ids, _ in train_rows], args.per_device_train_batch_size, seed)
+        self.keep = keep
+        self.best_loss = math.inf
+        self.keeps_logits = "logits_to_keep" in inspect.signature(_causal_model(model).forward).parameters
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the length-grouped batches."""
+        loader = DataLoader(self.train_dataset, batch_sampler=EpochBatches(self.order), collate_fn=collate)  # type: ignore[arg-type]
+        return self.accelerator.prepare(loader)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
+        """Count the supervised tokens of an optimizer step, over its accumulated batches and all processes."""
+        count = sum(int((batch["targets"] != IGNORED).sum()) for batch in batch_samples)
+        if self.accelerator.num_processes > 1:
+            count = int(self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum"))  # type: ignore[arg-type]
+        return count
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Return the summed cross entropy of the supervised tokens over their number in the whole optimizer step."""
+        count = num_items_in_batch if num_items_in_batch is not None else int((inputs["targets"] != IGNORED).sum())
+        loss = self.summed_loss(model, inputs) / count
+        # Gradients of processes are averaged afterwards, and the count is that of all of them.
+        return loss * self.accelerator.num_processes
+
+    def summed_loss(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the cross entropy, in nats, summed over the supervised tokens of a batch."""
+        targets, kept = batch["targets"], batch["logits_to_keep"]
+        extra = {"logits_to_keep": kept} if self.keeps_logits else {}
+        masks = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
+        logits = model(input_ids=batch["input_ids"], use_cache=False, **masks, **extra).logits[:, -kept:]
+        counted = targets != IGNORED
+        return functional.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure the validation loss, in nats a supervised token; keep the adapter if it is the best so far."""
+        if not self.validation_rows:
+            return {}
+        model: Any = self.model
+        model.eval()
+        batches = Batches([len(ids) for ids, _ in self.validation_rows], 4 * self.args.per_device_train_batch_size, 0)
+        total, tokens = 0.0, 0
+        with torch.inference_mode():
+            for numbers in batches.epoch(0):
+                batch = self._prepare_inputs(collate([self.validation_rows[i] for i in numbers]))
+                total += float(self.summed_loss(model, batch))
+                tokens += int((batch["targets"] != IGNORED).sum())
+        model.train()
+        loss = total / tokens
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self.keep(model)
+        metrics = {"eval_loss": loss}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class Watcher(TrainerCallback):
+    """Shows each step, stops a run that diverges, and times the loop."""
+
+    def __init__(self, task: progress.Task, tokens_per_step: float) -> None:
+        self.task, self.tokens_per_step = task, tokens_per_step
+        self.started = time.perf_counter()
+        self.steps = 0
+        self.fields: dict[str, float] = {}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count a step."""
+        self.steps += 1
+        speed = self.steps * self.tokens_per_step / (time.perf_counter() - self.started)
+        self.task.advance(1, **self.fields, tokens_per_second=round(speed))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the newest losses; raise RunFailed when one is not a number."""
+        logs = kwargs.get("logs") or {}
+        for ours, theirs in (("loss", "loss"), ("validation_loss", "eval_loss")):
+            if theirs in logs:
+                self.fields[ours] = round(float(logs[theirs]), 4)
+                if not math.isfinite(float(logs[theirs])):
+                    raise RunFailed(
+                        f"training diverged: {ours} is {logs[theirs]} at step {state.global_step}",
+                        "lower --learning-rate, or check the data",
+                    )
+
+
+def _causal_model(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
