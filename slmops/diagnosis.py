@@ -29,7 +29,14 @@ _SERVICE = "AzureExecutionProvider"
 
 # Distributions that put different files into the same package: the last one installed wins, without a word.
 _FLAVOURS = {
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-rocm", "onnxruntime-silicon"),
+    "onnxruntime": (
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "onnxruntime-directml",
+        "onnxruntime-openvino",
+        "onnxruntime-rocm",
+        "onnxruntime-silicon",
+    ),
     "onnxruntime_genai": ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml", "onnxruntime-genai-winml"),
 }
 # What each side of the road needs at least.
@@ -214,9 +221,13 @@ def _machine_problems(available: int, free: int, telemetry: dict[str, bool]) -> 
     if free < _LEAST_DISK_BYTES:
         problems.append(Problem(f"only {free / 1e9:.1f} GB of disk are free here", "free some space, or write elsewhere with -o"))
     if machine.features and "avx2" not in machine.features and "asimddp" not in machine.features:
-        problems.append(Problem("the processor has neither AVX2 nor dot products: int4 and int8 will be slow", "use another machine for speed"))
+        problems.append(
+            Problem("the processor has neither AVX2 nor dot products: int4 and int8 will be slow", "use another machine for speed")
+        )
     if off := [name for name, value in telemetry.items() if not value]:
-        problems.append(Problem(f"telemetry of a dependency is not switched off: {', '.join(off)}", f"export {' '.join(f'{n}=1' for n in off)}"))
+        problems.append(
+            Problem(f"telemetry of a dependency is not switched off: {', '.join(off)}", f"export {' '.join(f'{n}=1' for n in off)}")
+        )
     return problems
 
 

@@ -35,8 +35,8 @@ def session(provider: str) -> dict[str, Any]:
     ready = onnxruntime.InferenceSession(ONE_NODE, options, providers=[provider])
     if ready.get_providers()[0] != provider:
         return {"error": f"onnxruntime fell back to {ready.get_providers()[0]}"}
-    answer = ready.run(None, {"x": np.ones(1, np.float32)})[0]
-    return {"answer": float(answer[0])} if answer[0] == 2.0 else {"error": f"1 + 1 gave {answer[0]}"}
+    answer = float(np.asarray(ready.run(None, {"x": np.ones(1, np.float32)})[0])[0])
+    return {"answer": answer} if answer == 2.0 else {"error": f"1 + 1 gave {answer}"}
 
 
 def torch() -> dict[str, Any]:

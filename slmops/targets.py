@@ -132,7 +132,8 @@ def find(device: str = "cpu", provider: str | None = None, precision: str = "int
         close = get_close_matches(str(provider), names, n=1)
         guess = f"; did you mean {close[0]}?" if close else ""
         raise Unavailable(
-            f"this slmops has no provider {provider!r} for device {device} (it has: {_listed(names)}{guess})", _nearest(of_device, precision)
+            f"this slmops has no provider {provider!r} for device {device} (it has: {_listed(names)}{guess})",
+            _nearest(of_device, precision),
         )
     exact = [target for target in of_provider if target.precision == precision]
     if not exact:

@@ -119,7 +119,11 @@ def test_a_manifest_of_another_schema_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("harm", "told"),
-    [(lambda p: p.unlink(), "missing"), (lambda p: p.write_text("longer than before"), "bytes"), (lambda p: p.write_text("CONTENT"), "content changed")],
+    [
+        (lambda p: p.unlink(), "missing"),
+        (lambda p: p.write_text("longer than before"), "bytes"),
+        (lambda p: p.write_text("CONTENT"), "content changed"),
+    ],
 )
 def test_a_changed_file_is_found_also_after_a_check_that_passed(tmp_path: Path, harm: object, told: str):
     made(tmp_path / "out")

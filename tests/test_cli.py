@@ -72,7 +72,9 @@ def test_help_lists_every_command_with_its_line(run: Run):
     )
 
 
-@pytest.mark.parametrize("words", [[name] for name in COMMANDS if name != "data"] + [["data", name] for name in DATA_COMMANDS], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [[name] for name in COMMANDS if name != "data"] + [["data", name] for name in DATA_COMMANDS], ids=" ".join
+)
 def test_each_command_has_json_config_and_lines_to_copy(run: Run, words: list[str]):
     code, out, _ = run(*words, "--help")
     assert code == 0
@@ -301,7 +303,10 @@ main(["doctor", "--json"])
 @pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 5)])
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["text", "json"])
 def test_a_gate_that_is_not_met_is_exit_code_five(run: Run, monkeypatch: pytest.MonkeyPatch, passed: bool, code: int, flags: list[str]):
-    stages = [{"name": "files", "status": "pass"}, {"name": "logits", "status": "pass" if passed else "fail", "figures": {"kl": 0.3}, "bars": {"kl": 0.05}}]
+    stages = [
+        {"name": "files", "status": "pass"},
+        {"name": "logits", "status": "pass" if passed else "fail", "figures": {"kl": 0.3}, "bars": {"kl": 0.05}},
+    ]
 
     def body(call: Call) -> Any:
         """Judge."""
@@ -405,6 +410,10 @@ main(["doctor"])
 
 def test_a_closed_pipe_is_no_traceback(folder: Path):
     done = subprocess.run(
-        f"{sys.executable} -c \"from slmops.cli import main; main(['show', '{folder}', '--json'])\" | true", shell=True, capture_output=True, text=True, check=False
+        f"{sys.executable} -c \"from slmops.cli import main; main(['show', '{folder}', '--json'])\" | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

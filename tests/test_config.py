@@ -54,7 +54,8 @@ def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("[1, 2]", "holds a list"), ("a: [", "not valid YAML"), ("just words", "holds a str"), ("a: !!python/object:x {}", "not valid")]
+    ("text", "expected"),
+    [("[1, 2]", "holds a list"), ("a: [", "not valid YAML"), ("just words", "holds a str"), ("a: !!python/object:x {}", "not valid")],
 )
 def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str, expected: str):
     with pytest.raises(InvalidInput, match=expected):
@@ -84,13 +85,14 @@ def test_settings_are_frozen():
 
 
 @pytest.mark.parametrize(
-    ("given", "decoded"), [(r"a\nb", "a\nb"), (r"a\tb", "a\tb"), (r"a\\nb", r"a\nb"), (r"\d\é", r"\d\é"), ("a\nb", "a\nb"), (r"\\\n", "\\\n")]
+    ("given", "decoded"),
+    [(r"a\nb", "a\nb"), (r"a\tb", "a\tb"), (r"a\\nb", r"a\nb"), (r"\d\é", r"\d\é"), ("a\nb", "a\nb"), (r"\\\n", "\\\n")],
 )
 def test_escapes(given: str, decoded: str):
     assert decode_escapes(given) == decoded
 
 
 def test_templates_in_yaml_are_taken_as_yaml_has_them(tmp_path: Path):
-    settings = load(FinetuneSettings, written(tmp_path, 'prompt_template: "{text}\\nIntent:"\ncompletion_template: \' {intent}\\n\'\n'))
+    settings = load(FinetuneSettings, written(tmp_path, "prompt_template: \"{text}\\nIntent:\"\ncompletion_template: ' {intent}\\n'\n"))
     assert settings.data.prompt_template == "{text}\nIntent:"
     assert settings.data.completion_template == " {intent}\\n"

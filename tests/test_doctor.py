@@ -56,7 +56,7 @@ def test_the_one_node_graph_is_what_it_says():
     graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", ends[:1], ends[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     model.producer_name = ""
-    assert probe.ONE_NODE == model.SerializeToString()
+    assert model.SerializeToString() == probe.ONE_NODE
 
 
 def test_a_provider_that_is_not_there_is_an_error_of_the_probe():
@@ -79,7 +79,9 @@ def test_other_versions_and_missing_ones_come_with_a_pip_line():
 
 def test_a_device_without_training_libraries_has_no_problem_with_that():
     packages = [
-        diagnosis.Package(name, None if name in diagnosis._TO_BUILD else version, version, "missing" if name in diagnosis._TO_BUILD else "tested")
+        diagnosis.Package(
+            name, None if name in diagnosis._TO_BUILD else version, version, "missing" if name in diagnosis._TO_BUILD else "tested"
+        )
         for name, version in environment.TESTED.items()
     ]
     assert diagnosis._version_problems(tuple(packages)) == []

@@ -122,7 +122,7 @@ def test_help_is_quick(words: list[str]):
 
 
 def _processor_seconds(command: list[str]) -> float:
-    with open(os.devnull, "w") as nowhere:
+    with Path(os.devnull).open("w") as nowhere:
         process = subprocess.Popen(command, stdout=nowhere, stderr=nowhere)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -153,7 +153,11 @@ def test_every_setting_is_described_and_named_once(model: type[config.Settings])
 
 def test_a_group_of_settings_has_at_most_twenty():
     for model in SETTINGS:
-        own = [name for name, info in model.model_fields.items() if not (isinstance(info.annotation, type) and issubclass(info.annotation, config.Settings))]
+        own = [
+            name
+            for name, info in model.model_fields.items()
+            if not (isinstance(info.annotation, type) and issubclass(info.annotation, config.Settings))
+        ]
         assert len(own) <= 20, model.__name__
 
 

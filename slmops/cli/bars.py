@@ -23,7 +23,7 @@ _LINE_EVERY_SHARE = 0.1
 def watcher(*, quiet: bool, stream: TextIO | None = None) -> Iterator[Sink]:
     """Give the sink that fits where stderr leads: nothing, bars, or lines."""
     stream = stream or sys.stderr
-    if quiet:
+    if quiet or stream is None:  # a service may have no stderr at all
         yield Quiet()
     elif stream.isatty():
         bars = Bars(stream)
@@ -45,7 +45,7 @@ class Work:
     owner: Lines | Bars | None = None
     done: int = 0
     fields: dict[str, Any] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
+    started: float = field(default_factory=lambda: time.monotonic())
     told: float = 0.0
     told_share: float = 0.0
     handle: TaskID | None = None

@@ -31,7 +31,10 @@ def inspect(data: str, call: Call) -> Any:
 
 
 @command(
-    "data prepare", PrepareSettings, writes="", examples=("slmops data prepare raw.csv -o runs/data", "slmops finetune MODEL runs/data -o runs/a")
+    "data prepare",
+    PrepareSettings,
+    writes="",
+    examples=("slmops data prepare raw.csv -o runs/data", "slmops finetune MODEL runs/data -o runs/a"),
 )
 @click.argument("data")
 def prepare(data: str, call: Call) -> Any:

@@ -71,7 +71,9 @@ class Call:
 Body = Callable[..., Any]
 
 
-def command(path: str, model: type[Settings] | None, *, writes: str | None = None, examples: tuple[str, ...] = ()) -> Callable[[Body], Command]:
+def command(
+    path: str, model: type[Settings] | None, *, writes: str | None = None, examples: tuple[str, ...] = ()
+) -> Callable[[Body], Command]:
     """Make a command of a body that takes its arguments by name and a `Call`, and returns the result to show.
 
     Args:
@@ -192,8 +194,7 @@ def _out(writes: str | None) -> Iterator[Option]:
         yield Option(
             ["out", "-o", "--out"],
             type=click.Path(path_type=Path),
-            required=not writes,
-            default=writes or None,
+            **({"default": Path(writes)} if writes else {"required": True}),
             metavar="DIR",
             help=text,
             heading="Output",

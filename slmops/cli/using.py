@@ -16,7 +16,10 @@ from slmops.config import GenerateSettings, RunPipelineSettings
 @command(
     "generate",
     GenerateSettings,
-    examples=("slmops generate runs/int4 'play some jazz'", "slmops generate runs/int4 'Once upon a time' --raw --temperature 0.8 --seed 1"),
+    examples=(
+        "slmops generate runs/int4 'play some jazz'",
+        "slmops generate runs/int4 'Once upon a time' --raw --temperature 0.8 --seed 1",
+    ),
 )
 @click.argument("package")
 @click.argument("prompt")

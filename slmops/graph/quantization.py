@@ -124,23 +124,28 @@ _Fit = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _round_and_fit(x: np.ndarray, step: np.ndarray, zero: np.ndarray, top: float) -> _Fit:
-    """Round to the grid, then fit the scale to the codes by least squares; return codes, scales, zeros, squared error."""
-    codes = x / step[:, None]
-    np.rint(codes, out=codes)
-    codes += zero[:, None]
-    np.clip(codes, 0, top, out=codes)
-    distance = codes - zero[:, None]
+    """Round to the grid, then fit the scale to the codes by least squares.
+
+    With d = code - zero the best scale is <d, x> / <d, d>, and it takes <d, x>^2 / <d, d> off the squared error: so
+    candidates are compared by that, and no residual is ever formed.
+
+    Returns:
+        codes (blocks, block_size), scales, zeros and what is taken off the squared error, (blocks,) each.
+    """
+    distance = x / step[:, None]
+    np.rint(distance, out=distance)
+    np.clip(distance, -zero[:, None], (top - zero)[:, None], out=distance)
     energy = np.einsum("ij,ij->i", distance, distance)
     product = np.einsum("ij,ij->i", distance, x)
-    scale = np.where((energy > 0) & (product > 0), product / np.maximum(energy, 1e-30), step).astype(np.float32)
-    distance *= scale[:, None]
-    distance -= x
-    return codes, scale, zero, np.einsum("ij,ij->i", distance, distance)
+    usable = (energy > 0) & (product > 0)
+    energy = np.where(usable, energy, 1)
+    scale = np.where(usable, product / energy, step).astype(np.float32)
+    return distance + zero[:, None], scale, zero, np.where(usable, product * product / energy, 0)
 
 
 def _better(best: _Fit, other: _Fit) -> _Fit:
     """Return, block by block, the fit of the smaller error."""
-    wins = other[3] < best[3]
+    wins = other[3] > best[3]
     if not wins.any():
         return best
     codes, *rest = (np.where(wins[:, None] if new.ndim == 2 else wins, new, old) for old, new in zip(best, other, strict=True))

@@ -90,6 +90,7 @@ def save_twins(model: Model, folder: Path) -> None:
         RunFailed: the graph does not end in `logits`.
     """
     onnx_ir = environment.require("onnx_ir", "to write a graph")
+    _forget_inner_shapes(model)
     onnx_ir.save(model, folder / FULL, external_data=DATA)
     short = onnx_ir.load(folder / FULL)
     keep_last_token(short)
@@ -160,7 +161,6 @@ def _cut(model: Model, node: Node, index: int, name: str) -> None:
     gather.outputs[0].type = source.type
     model.graph.insert_before(node, gather)
     node.replace_input_with(index, gather.outputs[0])
-    _forget_downstream_shapes(gather.outputs[0])
 
 
 def _head(model: Model) -> Node:
@@ -187,16 +187,11 @@ def _drop(model: Model, name: str) -> None:
         model.graph.initializers.pop(name)
 
 
-def _forget_downstream_shapes(value: Value) -> None:
-    """Forget the recorded shapes after a cut: they count all tokens."""
-    pending, seen = [value], set()
-    while pending:
-        current = pending.pop()
-        for use in current.uses():
-            if use.node in seen:
-                continue
-            seen.add(use.node)
-            for output in use.node.outputs:
-                if output.name != "logits":
-                    output.shape = None
-                pending.append(output)
+def _forget_inner_shapes(model: Model) -> None:
+    """Drop what the builder recorded of inner values: after a cut it is wrong, the runtime infers it, and it is a third of the file."""
+    outer = {*model.graph.inputs, *model.graph.outputs}
+    for node in model.graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            if value not in outer:
+                value.shape = value.type = None

@@ -113,7 +113,9 @@ def train_adapter(
     return _run(base, rows, folder, recipe, layers, choose_targets(layers, target_modules, quantized=quantized))
 
 
-def _run(base: Path, rows: list[tuple[list[int], list[int]]], folder: Path, recipe: Recipe, layers: list[str], targets: list[str]) -> OliveRun:
+def _run(
+    base: Path, rows: list[tuple[list[int], list[int]]], folder: Path, recipe: Recipe, layers: list[str], targets: list[str]
+) -> OliveRun:
     cuda = environment.require("torch", "to train").cuda.is_available()
     base, parent = base.resolve(), folder.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +150,10 @@ def _check_layers(adapter: Path, expected: Sequence[str]) -> int:
     found = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in shapes}
     wrong = sorted(found.symmetric_difference(expected))
     if wrong:
-        raise RunFailed(f"Olive adapted {len(found)} layers, and {len(expected)} were asked for; the first that differs: {wrong[0]}", "use --engine peft")
+        raise RunFailed(
+            f"Olive adapted {len(found)} layers, and {len(expected)} were asked for; the first that differs: {wrong[0]}",
+            "use --engine peft",
+        )
     sizes = [rows * columns for rows, columns in shapes.values()]
     return sum(sizes)
 

@@ -95,11 +95,16 @@ def judge(work: Path, code: int, history: list[dict[str, Any]], steps: int) -> O
     losses = [entry for entry in history if "loss" in entry]
     for entry in losses:
         if not math.isfinite(entry["loss"]):
-            raise RunFailed(f"training diverged: the loss is {entry['loss']} at step {entry['step']}", "lower --learning-rate, or check the data")
+            raise RunFailed(
+                f"training diverged: the loss is {entry['loss']} at step {entry['step']}", "lower --learning-rate, or check the data"
+            )
     if code in (-9, 137):
         raise RunFailed("Olive was stopped by the system, most likely for lack of memory", "use a smaller --batch-size or a smaller model")
     if code == REFUSED:
-        raise RunFailed(f"this Olive does not take the workflow that slmops writes: {last_error(log)}", "pip install 'slmops[olive]' brings the tested version")
+        raise RunFailed(
+            f"this Olive does not take the workflow that slmops writes: {last_error(log)}",
+            "pip install 'slmops[olive]' brings the tested version",
+        )
     path = work / "result.json"
     if code != 0 or not path.is_file():
         raise RunFailed(f"Olive made no adapter: {last_error(log)}", "--engine peft trains without Olive")
@@ -108,7 +113,9 @@ def judge(work: Path, code: int, history: list[dict[str, Any]], steps: int) -> O
     if ended["ended_at"] != steps or not losses:
         raise RunFailed(f"Olive stopped at step {ended['ended_at']} of {steps}: {last_error(log)}", "--engine peft trains without Olive")
     if result["not_finite"]:
-        raise RunFailed(f"training diverged: {result['not_finite'][0]} holds values that are no numbers", "lower --learning-rate, or check the data")
+        raise RunFailed(
+            f"training diverged: {result['not_finite'][0]} holds values that are no numbers", "lower --learning-rate, or check the data"
+        )
     return Outcome(Path(result["adapter"]), losses, steps, ended["seconds"], result["peak_memory_bytes"])
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from slmops.errors import InvalidInput
 from slmops.olive_backend.requirements import require_olive
 
@@ -170,12 +172,12 @@ def _training(where: str, arguments: dict[str, Any], parameter: Any) -> Iterator
     import transformers
     from olive.common.config_utils import NestedConfig
 
-    nested = [t for t in getattr(parameter.type_, "__args__", ()) if isinstance(t, type) and issubclass(t, NestedConfig)]
+    nested: list[Any] = [t for t in getattr(parameter.type_, "__args__", ()) if isinstance(t, type) and issubclass(t, NestedConfig)]
     trainer = {field.name for field in dataclasses.fields(transformers.TrainingArguments) if field.init}
     own = set(nested[0].model_fields) - {"extra_args"}
     # Fields of Olive's that transformers has no more, such as warmup_ratio (train_utils.py:90), and fp16 (lora.py:94).
     dropped = {"fp16"} | {key for key in own - trainer if key != "overwrite_output_dir"}
-    every = {**arguments, **(arguments.get("extra_args") or {})}
+    every = _flat(arguments, (), "extra_args")
     yield from (f"{where}: '{key}' is dropped by Olive: {_instead(key)}" for key in sorted(dropped & set(every)))
     yield from _unknown(where, _flat(arguments, own, "extra_args"), trainer)
     values = {**copy.deepcopy(arguments), "output_dir": arguments.get("output_dir") or "."}
@@ -196,8 +198,9 @@ def _unknown(where: str, keys: Collection[str], allowed: Collection[str]) -> Ite
 
 def _flat(section: Mapping[str, Any], own: Collection[str], nested: str) -> dict[str, Any]:
     """Return the keys of a section's nested mapping with those that may stand beside it."""
+    inside = section.get(nested)
     beside = {key: value for key, value in section.items() if key not in own and key != nested}
-    return {**(section.get(nested) or {}), **beside}
+    return {**(inside if isinstance(inside, Mapping) else {}), **beside}
 
 
 def _refusal(where: str, attempt: Callable[[], Any]) -> Iterator[str]:
@@ -208,4 +211,7 @@ def _refusal(where: str, attempt: Callable[[], Any]) -> Iterator[str]:
 
 
 def _line(error: BaseException) -> str:
+    if isinstance(error, ValidationError):
+        parts = [(".".join(str(part) for part in entry["loc"]), entry["msg"].removeprefix("Value error, ")) for entry in error.errors()]
+        return "; ".join(f"{place}: {text}" if place else text for place, text in parts)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -41,7 +41,7 @@ def watch_trainer(events: Path) -> None:
             with events.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(event) + "\n")
 
-    trainer.DEFAULT_CALLBACKS.append(Reporter)
+    trainer.DEFAULT_CALLBACKS.append(Reporter)  # type: ignore[arg-type]
 
 
 def main(work: Path) -> int:
@@ -56,7 +56,7 @@ def main(work: Path) -> int:
     watch_trainer(work / "events.jsonl")
     from olive.workflows import run
 
-    output = run(workflow, tempdir=str(work / "tmp"))
+    output: Any = run(workflow, tempdir=str(work / "tmp"))
     if output is None or not output.has_output_model():
         return NO_MODEL
     details = output.get_best_candidate().olive_model_config or {}

@@ -23,7 +23,7 @@ def number(value: Any, digits: int = 4) -> str:
         return f"{value:,}"
     if not isinstance(value, float) or not math.isfinite(value):
         return NONE
-    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def estimate(value: Mapping[str, Any] | None, digits: int = 4) -> str:

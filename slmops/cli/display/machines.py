@@ -13,7 +13,9 @@ def diagnosis(page: Page, document: Mapping[str, Any]) -> None:
     """Write machine, libraries, providers, targets, and each problem with what to do about it."""
     machine = document.get("machine") or {}
     bandwidth = document.get("bandwidth_bytes_per_second")
-    memory = f"{size(machine.get('memory_bytes'))}, {size(document.get('memory_available_bytes'))} free" if machine.get("memory_bytes") else ""
+    memory = (
+        f"{size(machine.get('memory_bytes'))}, {size(document.get('memory_available_bytes'))} free" if machine.get("memory_bytes") else ""
+    )
     page.facts(
         [
             ("processor", f"{machine.get('processor', '')}, {machine.get('cores')} cores"),
@@ -37,7 +39,9 @@ def diagnosis(page: Page, document: Mapping[str, Any]) -> None:
     providers = [(item["name"], "ok" if item.get("works") else "no", item.get("detail") or "") for item in document.get("providers") or []]
     page.table(("provider", "works", "how it was tried"), providers, status=1)
     page.text()
-    page.table(("target", "built here", "runs here", "slmops tested it", "note"), [_target(t) for t in document.get("targets") or []], status=2)
+    page.table(
+        ("target", "built here", "runs here", "slmops tested it", "note"), [_target(t) for t in document.get("targets") or []], status=2
+    )
     page.text()
     _problems(page, document.get("problems") or [])
 
@@ -46,7 +50,9 @@ def _problems(page: Page, problems: list[Mapping[str, Any]]) -> None:
     if not problems:
         page.heading("no problems found", "bold green")
     for item in problems:
-        page.heading(f"{item.get('severity', 'warning')}: {item.get('problem')}", "bold red" if item.get("severity") == "error" else "yellow")
+        page.heading(
+            f"{item.get('severity', 'warning')}: {item.get('problem')}", "bold red" if item.get("severity") == "error" else "yellow"
+        )
         page.text(f"  fix: {item.get('fix')}")
 
 
