@@ -42,7 +42,9 @@ def merge(adapter: str | Path, *, out: str | Path, config: Any = None, **overrid
     artifact.refuse_occupied(out, force=settings.force)
     found = artifact.find(folder) if folder.is_dir() else None
     if found is not None and found.manifest.kind != "adapter":
-        raise BadArtifact(f"{folder} is {found.manifest.kind}, and an adapter is needed", "give the folder that `slmops finetune` wrote")
+        raise BadArtifact(
+            f"{folder} is {artifact.article(found.manifest.kind)}, and an adapter is needed", "give the folder that `slmops finetune` wrote"
+        )
     if found is not None:
         artifact.check(found)
     details = hugging_face.read_adapter_config(folder)

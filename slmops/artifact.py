@@ -228,7 +228,7 @@ def load(folder: Path | str, *, kinds: tuple[Kind, ...] = ()) -> Artifact:
         raise BadArtifact(f"{path} was changed after it was written", "make the folder again, or copy it again from where it came")
     if kinds and manifest.kind not in kinds:
         raise BadArtifact(
-            f"{folder} is {_article(manifest.kind)}, and {' or '.join(_article(k) for k in kinds)} is needed",
+            f"{folder} is {article(manifest.kind)}, and {' or '.join(article(k) for k in kinds)} is needed",
             "see `slmops show` for what it is",
         )
     return Artifact(folder, manifest)
@@ -290,11 +290,6 @@ def seal(folder: Path | str, **changes: Any) -> Artifact:
     manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes()).model_copy(update=changes)
     manifest = manifest.model_copy(update={"files": _records(folder)})
     return Artifact(folder, _write(folder, manifest))
-
-
-def show(path: Path | str) -> Artifact:
-    """Return the manifest of a folder, checked for completeness (`slmops show`)."""
-    return load(path)
 
 
 def fingerprint(path: Path | str) -> str:
@@ -376,9 +371,11 @@ def _complete(draft: Draft, seconds: float) -> Artifact:
         facts=draft.facts,
     )
     manifest = _write(draft.folder, manifest)
-    if draft.out.exists():
-        shutil.rmtree(draft.out)
+    old = draft.out.with_name(f"{draft.out.name}.old")
+    if draft.out.exists():  # set aside first, so that an interrupt never leaves neither
+        draft.out.rename(old)
     draft.folder.rename(draft.out)
+    shutil.rmtree(old, ignore_errors=True)
     return Artifact(draft.out, manifest)
 
 
@@ -421,5 +418,6 @@ def _write_failure(out: Path, error: OSError) -> tuple[str, str]:
     return f"could not write {out}: {error.strerror or error}", "check the path and its permissions"
 
 
-def _article(kind: str) -> str:
+def article(kind: str) -> str:
+    """Return a kind with its article, for messages."""
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

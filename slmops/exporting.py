@@ -62,7 +62,9 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
         return _export_adapter(source, out, settings)
     found = artifact.find(source) if source.is_dir() else None
     if found is not None and found.manifest.kind != "model":
-        raise BadArtifact(f"{source} is {found.manifest.kind}, and a model is needed", "export the folder that `slmops merge` wrote")
+        raise BadArtifact(
+            f"{source} is {artifact.article(found.manifest.kind)}, and a model is needed", "export the folder that `slmops merge` wrote"
+        )
     if found is not None:
         artifact.check(found)
     shape = preflight(artifact.require_model(source), out, settings)

@@ -183,6 +183,13 @@ def test_a_config_file_is_passed_on(tmp_path: Path):
     assert call_of("--config", str(path)).config == path
 
 
+def test_a_config_file_for_a_command_without_settings_is_refused(run: Run, tmp_path: Path):
+    (tmp_path / "c.yaml").write_text("precision: int4\n")
+    code, _, err = run("show", str(tmp_path), "--config", str(tmp_path / "c.yaml"))
+    assert code == 2
+    assert "precision: unknown setting" in err
+
+
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +283,30 @@ def test_a_bug_has_a_traceback_only_when_asked_for(run: Run, monkeypatch: pytest
     assert "Traceback" in run("--debug", "doctor")[2]
 
 
+@pytest.mark.parametrize("flags", [[], ["--debug"]], ids=["plain", "debug"])
+def test_notices_of_libraries_are_shown_with_debug_only(flags: list[str]):
+    # In a process of its own: pytest takes warnings and log records for itself.
+    code = f"""
+import logging, warnings
+from slmops.cli import main
+from slmops.cli.commands import root
+from slmops.cli.options import command
+def body(call):
+    "Be a library."
+    warnings.warn("old name", FutureWarning)
+    logging.getLogger("some.library").warning("no accelerator")
+    logging.getLogger("some.library").error("broken")
+    return {{}}
+noisy = command("doctor", None)(body)
+root.get_command = lambda ctx, name: noisy
+main(["doctor", *{flags!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "broken" in done.stderr
+    for notice in ("old name", "no accelerator"):
+        assert (notice in done.stderr) is bool(flags)
+
+
 def test_stdout_is_one_document_whatever_is_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     # In a process of its own: what C++ libraries write goes to file descriptor 1, past sys.stdout.
     code = """
@@ -328,6 +359,7 @@ def test_a_gate_that_is_not_met_is_exit_code_five(run: Run, monkeypatch: pytest.
 def test_show_tells_what_a_folder_is_and_where_it_came_from(run: Run, folder: Path):
     code, out, err = run("show", folder)
     assert (code, err) == (0, "")
+    out = " ".join(out.split())
     for part in (": export", "2.5 MB", "rtn-32", "int4", "(model, merge,", "one layer was kept in float"):
         assert part in out
     document = json.loads(run("show", folder, "--json")[1])

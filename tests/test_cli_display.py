@@ -96,6 +96,13 @@ def test_verify_explains_the_first_stage_that_was_not_met():
     assert "verified: the package behaves" in shown("verify", {"passed": True, "failed_stage": None, "stages": stages[:1]})
 
 
+def test_verify_shows_what_a_stage_says_of_itself():
+    stage = {"name": "logits", "status": "fail", "explanation": "KL 0.3 [0.2, 0.4], bar 0.05", "figures": {"kl": 0.3}, "bars": {"kl": 0.05}}
+    text = shown("verify", {"passed": False, "failed_stage": "logits", "stages": [stage]})
+    assert text.count("KL 0.3 [0.2, 0.4], bar 0.05") == 2  # in the table, and below it as the reason
+    assert "beyond what its precision explains" in " ".join(text.split())
+
+
 def test_evaluate_gives_value_interval_and_n():
     text = shown(
         "evaluate", {"metrics": {"exact_match": {"value": 0.9557, "low": 0.9377, "high": 0.9687, "n": 700}}, "predictions": "p.jsonl"}

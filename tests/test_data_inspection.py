@@ -129,6 +129,13 @@ def test_prepared_dataset_brings_its_splits_and_templates(tmp_path):
         load_splits(tmp_path / "out")
 
 
+def test_prepare_of_text_with_other_columns_drops_no_label(tmp_path):
+    rows = [{"text": f"t{i // 2}", "label": "x" if i % 4 else "y"} for i in range(80)]
+    made = prepare_data(write(tmp_path / "a.jsonl", rows), out=tmp_path / "out")
+    # t0 stands there as y and as x; t1 twice as x.
+    assert made.manifest.facts["duplicates"] == 20 and "not used: label" in " ".join(made.manifest.warnings)
+
+
 def test_prepare_without_any_answer_leaves_nothing_behind(tmp_path):
     data = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": ""}])
     with pytest.raises(InvalidInput, match="none of the 1 rows"):

@@ -24,9 +24,11 @@ LAYERS = (
     ("errors", "progress", "probe"),
     ("environment",),
     ("config", "artifact", "targets", "results", "bandwidth"),
-    ("data", "graph", "runtime", "olive_backend", "lineage"),
+    ("data", "graph", "lineage"),
+    ("runtime", "olive_backend"),  # `generate` puts a prompt into its template
     ("evaluation", "verification", "benchmark", "diagnosis"),
-    ("training", "adapters", "exporting", "packing"),
+    ("training", "adapters"),
+    ("exporting", "packing"),  # `export` of an adapter folder merges it first
     ("pipeline", "search", "sweep", "reporting", "serving"),
     ("cli",),
 )
@@ -111,7 +113,9 @@ def test_help_loads_nothing_heavy(words: list[str]):
     assert not loaded & {"torch", "transformers", "onnxruntime", "onnxruntime_genai", "numpy", "rich", "yaml"}
     if words == ["--help"]:
         assert "pydantic" not in loaded
-        assert not [name for name in loaded if name.startswith("slmops.") and name.split(".")[1] not in ("cli", "environment", "errors")]
+        assert not [
+            name for name in loaded if name.startswith("slmops.") and name.split(".")[1] not in ("cli", "environment", "errors", "progress")
+        ]
 
 
 @pytest.mark.parametrize("words", HELPS, ids=" ".join)
@@ -195,5 +199,7 @@ def test_every_module_says_which_question_it_answers(path: Path):
 def test_functions_are_at_most_fifty_lines(path: Path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            lines = (node.end_lineno or 0) - node.lineno + 1
-            assert lines <= 60, f"{path}:{node.lineno} {node.name} has {lines} lines"
+            # Without its docstring, which may be as long as its reader needs.
+            first = node.body[1].lineno if ast.get_docstring(node) and len(node.body) > 1 else node.body[0].lineno
+            lines = (node.end_lineno or 0) - first + 1
+            assert lines <= 50, f"{path}:{node.lineno} {node.name} has {lines} lines"

@@ -11,6 +11,7 @@ from typing import NoReturn
 import click
 
 from slmops.cli.commands import root
+from slmops.cli.session import DEBUG
 from slmops.errors import InvalidInput, RunFailed, SlmopsError, Unavailable
 
 INTERRUPTED = 130
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     asked = set(words[: words.index("--")] if "--" in words else words)
     started = time.perf_counter()
     try:
-        code = root.main(words, prog_name="slmops", standalone_mode=False)
+        code = root.main(words, prog_name="slmops", standalone_mode=False, obj=DEBUG if "--debug" in asked else None)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             traceback.print_exception(error)
         problem = as_slmops_error(error)
         if isinstance(problem, Interrupted) and _command(words) == "finetune":
-            problem = Interrupted("interrupted; the same command with --resume goes on from the last checkpoint")
+            problem = Interrupted("interrupted; the same command with --resume goes on where it stopped")
         if "--json" in asked:
             _write_error(problem, _command(words), time.perf_counter() - started)
         _say(problem)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 import click
 
 from slmops.cli.commands import COMMANDS, DATA_COMMANDS
-from slmops.config import Settings, decode_escapes, fields
+from slmops.config import Settings, decode_escapes, fields, load
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -92,6 +92,8 @@ def command(
         def callback(config: Path | None, as_json: bool, quiet: bool, out: Path | None = None, **values: Any) -> None:
             from slmops.cli.session import perform
 
+            if model is None and config is not None:
+                load(Settings, config)  # nothing to set here: whatever the file says is refused, not ignored
             overrides = {name: _decoded(model, name, values.pop(name)) for name in list(values) if name in names}
             overrides = {name: value for name, value in overrides.items() if value not in (None, ())}
             if out is not None:

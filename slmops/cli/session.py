@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -12,6 +13,8 @@ import click
 from slmops import progress
 
 GATE_NOT_MET = 5
+DEBUG = "debug"
+"""What click carries to a command that was called with `--debug`."""
 
 
 @dataclass
@@ -37,12 +40,12 @@ def perform(command: str, work: Callable[[], Any], *, as_json: bool, quiet: bool
         click.exceptions.Exit: the result says `passed: false` (exit code 5).
     """
     from slmops.cli.bars import watcher
-    from slmops.cli.streams import results_only
+    from slmops.cli.streams import libraries_quiet, results_only
 
     started = time.perf_counter()
-    with results_only() as stdout:
-        session = Session(stdout, as_json)
-        click.get_current_context().obj = session
+    context = click.get_current_context()
+    with results_only() as stdout, nullcontext() if context.obj is DEBUG else libraries_quiet():
+        context.obj = session = Session(stdout, as_json)
         with watcher(quiet=quiet) as sink, progress.watch(sink):
             result = work()
         document = completed(result, command, time.perf_counter() - started)
@@ -53,12 +56,10 @@ def perform(command: str, work: Callable[[], Any], *, as_json: bool, quiet: bool
 
 def completed(result: Any, command: str, seconds: float) -> dict[str, Any]:
     """Return a result's document with the keys that every command has."""
-    document = dict(result if isinstance(result, dict) else result.document())
-    document["command"] = command
-    document.setdefault("ok", document.get("passed") is not False)
-    document.setdefault("warnings", [])
-    document.setdefault("seconds", round(seconds, 3))
-    return document
+    document = result if isinstance(result, dict) else result.document()
+    common = {"ok": document.get("passed") is not False, "warnings": [], "seconds": round(seconds, 3)}
+    # A verb that calls another returns a document that names the other: the command typed is what is told.
+    return {"command": command, **common, **{key: value for key, value in document.items() if key != "command"}}
 
 
 def show(document: dict[str, Any], command: str, session: Session) -> None:

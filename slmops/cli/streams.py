@@ -40,6 +40,25 @@ def results_only() -> Iterator[TextIO]:
         os.close(saved)
 
 
+@contextlib.contextmanager
+def libraries_quiet() -> Iterator[None]:
+    """Keep the notices of libraries to their developers (deprecations, missing accelerators) off the user's screen.
+
+    Nothing that changes a result is told that way: slmops checks for itself. `--debug` shows them.
+    """
+    import logging
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = logging.root.level
+        logging.root.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.root.setLevel(before)
+
+
 def write_document(document: Mapping[str, Any], stream: TextIO) -> None:
     """Write the one document of `--json`: NaN and infinities as null, paths as text."""
     stream.write(json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

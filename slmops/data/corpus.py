@@ -160,8 +160,13 @@ def warnings_of(corpus: Corpus, rows: list[Row], drafts: int, interface: Interfa
         found.append(f"{corpus.nothing_to_learn} rows have no token to learn and were left out")
     if corpus.row_format in ("messages", "conversations") and drafts > corpus.rows:
         found.append("the chat template writes earlier turns differently once later ones follow: each answer is trained on by itself")
-    if corpus.row_format != "template":
-        unused = [name for name in columns_of(rows) if name not in used_columns(corpus.row_format, interface)]
-        if unused and corpus.row_format == "text":
-            found.append(f"trained on the column 'text' alone; not used: {', '.join(unused)} (templates can use them)")
+    if unused := unused_columns(rows, corpus.row_format, interface):
+        found.append(f"trained on the column 'text' alone; not used: {', '.join(unused)} (templates can use them)")
     return found
+
+
+def unused_columns(rows: Sequence[Row], row_format: RowFormat, interface: Interface) -> list[str]:
+    """Return what else rows have that look like plain text: perhaps they are none, and a template was forgotten."""
+    if row_format != "text":
+        return []
+    return [name for name in columns_of(list(rows)) if name not in used_columns(row_format, interface)]

@@ -11,7 +11,7 @@ from slmops import artifact
 from slmops import config as config_module
 from slmops.artifact import Artifact, Draft, Input
 from slmops.config import PrepareSettings
-from slmops.data.corpus import row_format_of
+from slmops.data.corpus import row_format_of, unused_columns
 from slmops.data.formats import RowFormat, question_and_answer
 from slmops.data.interface import Interface
 from slmops.data.rows import Row, columns_of, load_splits, row_text
@@ -49,6 +49,8 @@ def prepare_data(data: str | Path, *, out: Path | str, config: Path | str | Mapp
             raise InvalidInput(f"none of the {len(rows)} rows of {data} has an answer", "check the columns and templates")
         train, validation = (kept, given) if given is not None else _split(kept, settings, interface)
         _warn(draft, facts, len(rows), train, validation, interface)
+        if unused := unused_columns(rows, row_format, interface):
+            draft.warn(f"read as plain text of the column 'text'; not used: {', '.join(unused)} (templates can use them)")
         draft.interface = interface.model_dump(mode="json")
         draft.facts = {
             "rows": len(rows),
@@ -75,7 +77,10 @@ def clean(
             raise InvalidInput(f"row {number}: {error.message}", error.hint) from None
         if not pair[1].strip():
             counts["without_answer"] += 1
-        elif pair in known and "pieces" not in row:
+            continue
+        if row_format == "text":  # other columns may hold the answer that a later template asks for
+            pair = (pair[0], row_text(row))
+        if pair in known and "pieces" not in row:
             counts["duplicates"] += 1
             kept += [row] if keep_duplicates else []
         else:

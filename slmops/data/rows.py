@@ -170,7 +170,7 @@ def _read_json(path: Path) -> list[Row]:
 
 
 def _unwrap(document: dict[str, Any]) -> list[Any]:
-    """Find the rows of an object: of columns, under its only list (`{"data": [...]}`), or the object as the one row."""
+    """Find the rows of an object: under its only list (`{"data": [...]}`), or the object itself as the one row."""
     lists = {key: value for key, value in document.items() if isinstance(value, list)}
     if len(lists) == 1 and (rows := next(iter(lists.values()))) and all(isinstance(row, dict) and "role" not in row for row in rows):
         named_rows = next(iter(lists)) in ("data", "rows", "train", "examples", "instances")

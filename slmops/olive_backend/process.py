@@ -22,7 +22,7 @@ from slmops.olive_backend.worker import REFUSED
 
 _POLL_SECONDS = 0.2
 _ROOT = Path(__file__).resolve().parents[2]
-_RAISED = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Warning)\w*: .+")
+_RAISED = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\w*: .+")
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,8 @@ def _refusal(where: str, attempt: Callable[[], Any]) -> Iterator[str]:
 
 def _line(error: BaseException) -> str:
     if isinstance(error, ValidationError):
-        parts = [(".".join(str(part) for part in entry["loc"]), entry["msg"].removeprefix("Value error, ")) for entry in error.errors()]
-        return "; ".join(f"{place}: {text}" if place else text for place, text in parts)
+        # Of a parameter that takes one of several types, the first says what is meant; the others are search markers of Olive's.
+        first = {str(entry["loc"][0]) if entry["loc"] else "": entry["msg"] for entry in reversed(error.errors())}
+        texts = {place: message.removeprefix("Value error, ") for place, message in reversed(first.items())}
+        return "; ".join(f"{place}: {text}" if place else text for place, text in texts.items())
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -44,6 +44,7 @@ class GenaiRunner:
         try:
             self.config: dict[str, Any] = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
             self.max_length_tokens = int(self.config["search"].get("max_length") or self.config["model"]["context_length"])
+            self.vocabulary = int(self.config["model"]["vocab_size"])
             self._main_name: str = self.config["model"]["decoder"]["filename"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadArtifact(f"{folder} has no genai_config.json that can be used: {error!r}", "export the model again") from error
@@ -56,11 +57,10 @@ class GenaiRunner:
                 yield self._logits_by_token(row)
                 continue
             cache = Cache(self._full, 1, len(row))
-            parts = [
-                self._full.run(np.array([row[start:end]]), np.array([end]), cache.arrays)[0]
-                for start, end in pieces(len(row), self._piece_tokens)
-            ]
-            yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+            logits = np.empty((len(row), self._full.vocabulary), np.float32)  # once: a long row of a large vocabulary is a gigabyte
+            for start, end in pieces(len(row), self._piece_tokens):
+                logits[start:end] = self._full.run(np.array([row[start:end]]), np.array([end]), cache.arrays)[0]
+            yield logits
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_token_ids: Sequence[int], batch_size: int = 32
@@ -74,8 +74,7 @@ class GenaiRunner:
         while order:
             rows = order[: self._fitting(order, prompts, max_new_tokens, batch_size)]
             order = order[len(rows) :]
-            room = self.max_length_tokens - max(len(prompts[i]) for i in rows)
-            answers |= self._batch(rows, prompts, min(max_new_tokens, room), frozenset(stop_token_ids))
+            answers |= self._batch(rows, prompts, max_new_tokens, frozenset(stop_token_ids))
             while given in answers:
                 yield answers.pop(given)
                 given += 1
@@ -90,7 +89,7 @@ class GenaiRunner:
         options: dict[str, Any] = {"max_length": length, "do_sample": chosen.temperature > 0}
         if chosen.temperature > 0:
             options |= {"temperature": chosen.temperature, "top_p": chosen.top_p, "random_seed": chosen.seed}
-            options["top_k"] = chosen.top_k or self._decoder.vocabulary
+            options["top_k"] = chosen.top_k or self.vocabulary
         generator = self._generator(options)
         generator.append_tokens(np.asarray(prompt, np.int32))
         for _ in range(length - len(prompt)):
@@ -124,6 +123,15 @@ class GenaiRunner:
             last = now
         return Timing(first - start, tuple(steps))
 
+    @property
+    def shipped(self) -> Decoder:
+        """The graph that a device runs: `model.onnx`."""
+        return self._decoder
+
+    def prepare(self) -> None:
+        """Load the model as a device does: see `Runner`."""
+        _ = self._model
+
     def close(self) -> None:
         """Free the sessions."""
         for name in ("_decoder", "_full", "_model"):
@@ -155,7 +163,7 @@ class GenaiRunner:
 
     @property
     def _piece_tokens(self) -> int:
-        return max(3, _LOGITS_BYTES // (4 * self._decoder.vocabulary))
+        return max(3, _LOGITS_BYTES // (4 * self.vocabulary))
 
     def _generator(self, options: dict[str, Any]) -> Any:
         og = environment.require("onnxruntime_genai", "to run a package")
@@ -175,7 +183,9 @@ class GenaiRunner:
         """Answer some prompts: each is prefilled alone, then they step together, and finished rows leave the batch."""
         rows = np.array(chosen)
         lengths = np.array([len(prompts[i]) for i in rows])
-        cache = Cache(self._decoder, len(rows), int(lengths.max()) + max_new_tokens)
+        # A row ends where the package's length does, whatever stands beside it.
+        room = self.max_length_tokens - lengths
+        cache = Cache(self._decoder, len(rows), min(int(lengths.max()) + max_new_tokens, self.max_length_tokens))
         tokens = greedy(np.stack([self._decoder.prefill(prompts[i], cache.row(k), self._piece_tokens) for k, i in enumerate(rows)]))
         answers: dict[int, list[int]] = {i: [] for i in chosen}
         alive = np.ones(len(rows), bool)
@@ -184,13 +194,15 @@ class GenaiRunner:
                 alive[k] = int(tokens[k]) not in stops
                 if alive[k]:
                     answers[int(rows[k])].append(int(tokens[k]))
+                    alive[k] = count < room[k]
             if count == max_new_tokens or not alive.any():
                 break
             if alive.sum() <= 0.75 * len(rows):  # a finished row costs as much as any other
                 keep = np.flatnonzero(alive)
                 cache.keep(keep)
-                rows, lengths, tokens, alive = rows[keep], lengths[keep], tokens[keep], alive[keep]
-            tokens = greedy(self._decoder.run(tokens[:, None], lengths + count, cache.arrays)[:, -1])
+                rows, lengths, tokens, alive, room = rows[keep], lengths[keep], tokens[keep], alive[keep], room[keep]
+            ends = np.minimum(lengths + count, self.max_length_tokens)  # a finished row still in the batch writes over its own end
+            tokens = greedy(self._decoder.run(tokens[:, None], ends, cache.arrays)[:, -1])
         return answers
 
     def _fitting(self, order: list[int], prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> int:
@@ -211,5 +223,5 @@ class GenaiRunner:
                 f"a prompt of {len(ids)} tokens does not fit the package's {self.max_length_tokens}",
                 "shorten it, or export with a larger --max-length-tokens",
             )
-        if min(ids) < 0 or max(ids) >= self._decoder.vocabulary:  # the embedding takes -1 for the last row, silently
-            raise RunFailed(f"a token id outside 0 to {self._decoder.vocabulary - 1}", "the tokenizer is not this model's")
+        if min(ids) < 0 or max(ids) >= self.vocabulary:  # the embedding takes -1 for the last row, silently
+            raise RunFailed(f"a token id outside 0 to {self.vocabulary - 1}", "the tokenizer is not this model's")

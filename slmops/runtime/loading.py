@@ -57,14 +57,21 @@ def open_model(folder: Path | str, *, threads: int | None = None, base_only: boo
         Unavailable: the engine is not installed.
     """
     folder = Path(folder)
+    runner = open_runner(folder, threads=threads, base_only=base_only, precision=precision)
+    found = artifact.find(folder)
+    interface = interface_of(folder, found)
+    return Loaded(runner, Tokenizer.load(_tokenizer_folder(folder, runner)), interface, found, kind_of(folder))
+
+
+def open_runner(folder: Path | str, *, threads: int | None = None, base_only: bool = False, precision: str = "fp32") -> Runner:
+    """Load what runs of a path, without tokenizer and interface: see `open_model`."""
+    folder = Path(folder)
     kind = kind_of(folder)
     found = artifact.find(folder)
     if found is not None:
         artifact.check(found)
     count = threads or environment.usable_cores()
-    runner = _genai(folder, count) if kind == "export" else _torch(folder, kind, found, count, base_only, precision)
-    interface = interface_of(folder, found)
-    return Loaded(runner, Tokenizer.load(_tokenizer_folder(folder, runner)), interface, found, kind)
+    return _genai(folder, count) if kind == "export" else _torch(folder, kind, found, count, base_only, precision)
 
 
 def interface_of(folder: Path, found: Artifact | None) -> Interface:

@@ -66,6 +66,10 @@ class Runner(Protocol):
         """Generate exactly `new_tokens` greedy tokens, stop tokens ignored, and time each."""
         ...
 
+    def prepare(self) -> None:
+        """Load now what `stream` and `time` need; without it they load at their first use."""
+        ...
+
     def close(self) -> None:
         """Free the model's memory."""
         ...

@@ -16,7 +16,7 @@ from slmops.runtime.runner import Sampling, Timing
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_LOGITS_BYTES = 128 << 20  # of one batch of logits
+_LOGITS_BYTES = 128 << 20  # of the logits that are held at once
 
 
 class TorchRunner:
@@ -42,15 +42,13 @@ class TorchRunner:
     def logits(self, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         """Yield the logits of each row: see `Runner`. Rows of one length run together, so nothing is padded."""
         torch = environment.require("torch", "to run a PyTorch model")
-        done: dict[int, np.ndarray] = {}
-        given = 0
-        for batch in self._equal_lengths(rows, _LOGITS_BYTES // (4 * self.vocabulary)):
-            with torch.inference_mode():
-                out = self.model(input_ids=torch.tensor([list(rows[i]) for i in batch]), use_cache=False).logits.float().numpy()
-            done |= {i: out[k] for k, i in enumerate(batch)}
-            while given in done:
-                yield done.pop(given)
-                given += 1
+        for start, end in self._windows(rows):
+            some, done = rows[start:end], {}
+            for batch in self._equal_lengths(some, 1 << 30):
+                with torch.inference_mode():
+                    out = self.model(input_ids=torch.tensor([list(some[i]) for i in batch]), use_cache=False).logits.float().numpy()
+                done |= {i: out[k] for k, i in enumerate(batch)}
+            yield from (done[i] for i in range(len(some)))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_token_ids: Sequence[int], batch_size: int = 32
@@ -93,6 +91,9 @@ class TorchRunner:
         seconds = np.diff(marks)
         return Timing(float(seconds[0]), tuple(float(x) for x in seconds[1:]))
 
+    def prepare(self) -> None:
+        """Do nothing, the model is in memory: see `Runner`."""
+
     def close(self) -> None:
         """Free the model."""
         self.__dict__.pop("model", None)
@@ -126,12 +127,23 @@ class TorchRunner:
                 break
         return answers
 
+    def _windows(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+        """Cut the rows, in order, into runs whose logits are at most `_LOGITS_BYTES`, or one row."""
+        start, tokens = 0, 0
+        for i, row in enumerate(rows):
+            if i > start and 4 * self.vocabulary * (tokens + len(row)) > _LOGITS_BYTES:
+                yield start, i
+                start, tokens = i, 0
+            tokens += len(row)
+        if len(rows) > start:
+            yield start, len(rows)
+
     def _equal_lengths(self, rows: Sequence[Sequence[int]], tokens: int, batch_size: int = 64) -> Iterator[list[int]]:
         """Yield batches of row numbers of one length, at most `batch_size` rows and about `tokens` tokens each."""
         by_length: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
             if not 0 < len(row) <= self.max_length_tokens:
-                raise InvalidInput(f"row {i} has {len(row)} tokens, and the model takes 1 to {self.max_length_tokens}", "shorten it")
+                raise InvalidInput(f"a row has {len(row)} tokens, and the model takes 1 to {self.max_length_tokens}", "shorten it")
             by_length.setdefault(len(row), []).append(i)
         for length, numbers in sorted(by_length.items()):
             size = max(1, min(batch_size, tokens // length))

@@ -94,7 +94,9 @@ def resolve_base(model: str | Path) -> Path:
         return _download(str(model))
     found = artifact.find(folder) if folder.is_dir() else None
     if found is not None and found.manifest.kind != "model":
-        raise BadArtifact(f"{folder} is {found.manifest.kind}, and a model is needed", "fine-tune the base, or merge the adapter first")
+        raise BadArtifact(
+            f"{folder} is {artifact.article(found.manifest.kind)}, and a model is needed", "fine-tune the base, or merge the adapter first"
+        )
     if found is not None:
         artifact.check(found)
     return artifact.require_model(folder)

@@ -59,9 +59,10 @@ def exported(page: Page, document: Mapping[str, Any]) -> None:
     each = document.get("bytes_per_parameter")
     page.facts(
         [
-            ("target", " ".join(str(document[key]) for key in ("device", "provider", "precision") if document.get(key))),
+            # The CPU's provider has the name of its device: once is enough.
+            ("target", " ".join(dict.fromkeys(str(document[key]) for key in ("device", "provider", "precision") if document.get(key)))),
             ("level", document.get("level")),
-            ("recipe", _recipe(document.get("recipe"))),
+            ("recipe", recipe_line(document.get("recipe"))),
             ("size", _joined(size(document.get("size_bytes")), f"{number(each, 3)} bytes a parameter" if each else "")),
             ("longest sequence", f"{number(document['max_length_tokens'])} tokens" if document.get("max_length_tokens") else ""),
             *_metrics(document),
@@ -73,7 +74,8 @@ def exported(page: Page, document: Mapping[str, Any]) -> None:
         page.next(f"slmops verify {shell(out)}", f"slmops bench {shell(out)}")
 
 
-def _recipe(recipe: Any) -> str:
+def recipe_line(recipe: Any) -> str:
+    """Return a recipe in one line: its id, its options, and bits/block size of each kind of layer."""
     if not isinstance(recipe, Mapping):
         return str(recipe or "")
     options = recipe.get("options") or {}

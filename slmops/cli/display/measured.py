@@ -35,8 +35,7 @@ def verification(page: Page, document: Mapping[str, Any]) -> None:
     elif failed:
         page.heading(f"not verified: stage {failed} was not met", "bold red")
         stage = next((stage for stage in stages if stage.get("name") == failed), {})
-        reason = stage.get("reason") or stage.get("message") or (stage.get("figures") or {}).get("reason")
-        for line in (reason, _MEANING.get(str(failed))):
+        for line in (stage.get("explanation"), _MEANING.get(str(failed))):
             if line:
                 page.text(str(line))
     else:
@@ -110,6 +109,9 @@ def _side(side: Mapping[str, Any]) -> str:
 
 
 def _stage(stage: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return a stage's row: what it says of its figures and bars itself, or these put into words."""
+    if stage.get("explanation"):
+        return str(stage.get("name", "")), str(stage.get("status", "")), str(stage["explanation"])
     figures, bars = dict(stage.get("figures") or {}), dict(stage.get("bars") or {})
     parts = [f"{_spoken(name)} {number(value, 3)}{_against(bars.pop(name, None))}" for name, value in figures.items() if value is not None]
     parts += [f"bar {_spoken(name)}{_against(bar)}" for name, bar in bars.items()]

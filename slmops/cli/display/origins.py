@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from slmops.cli.display.built import recipe_line
 from slmops.cli.display.figures import NONE, duration, number, size
 from slmops.cli.display.layout import Page
 
@@ -26,7 +27,7 @@ def lineage(page: Page, document: Mapping[str, Any]) -> None:
             ("made on", manifest.get("created")),
             ("time", duration(manifest.get("seconds"))),
             ("files", f"{len(files)}, {size(document.get('size_bytes'))}"),
-            *((name.replace("_", " "), _short(value)) for name, value in (manifest.get("facts") or {}).items() if name != "size_bytes"),
+            *(_fact(name, value) for name, value in (manifest.get("facts") or {}).items() if name != "size_bytes"),
             *((name.replace("_", " "), _short(value)) for name, value in (manifest.get("metrics") or {}).items()),
         ]
     )
@@ -66,6 +67,16 @@ def _branches(tree: Tree, origins: list[Mapping[str, Any]]) -> None:
         if state:
             text.append(f"  {state}", style="yellow")
         _branches(tree.add(text), origin.get("inputs") or [])
+
+
+def _fact(name: str, value: Any) -> tuple[str, str]:
+    if name == "recipe":
+        return name, recipe_line(value)
+    if name.endswith("_bytes"):
+        return name.removesuffix("_bytes").replace("_", " "), size(value)
+    if name.endswith("_seconds"):
+        return name.removesuffix("_seconds").replace("_", " "), duration(value)
+    return name.replace("_", " "), _short(value)
 
 
 def _short(value: Any) -> str:

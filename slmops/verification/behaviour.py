@@ -1,0 +1,197 @@
+"""Does the package compute what PyTorch computes, and answer as it answers?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from slmops import evaluation, results
+from slmops.data import Encoded
+from slmops.results import Estimate
+from slmops.runtime.loading import Loaded
+from slmops.runtime.runner import Runner
+from slmops.runtime.torch_runner import TorchRunner
+from slmops.verification import weights
+from slmops.verification.bars import Bars
+from slmops.verification.comparison import Comparison, compare
+from slmops.verification.stages import Stage, Verdict, at_least, at_most, concluded, exactly, within
+from slmops.verification.subject import Subject, has_answers
+
+# Rows of the tests that need further models: enough for KL to two figures, few enough for a laptop.
+_FEW_ROWS = 128
+# Answers that onnxruntime-genai's own Generator gives, beside those of the batched runner.
+_RUNTIME_ROWS = 16
+
+
+def check_logits(subject: Subject, bars: Bars) -> Stage:
+    """Compare the logits at the supervised tokens of the held-out rows."""
+    shown = {name: getattr(bars, name) for name in ("kl", "top1", "nmse", "difference") if getattr(bars, name) is not None}
+    if bars.overridden:
+        shown["overridden"] = list(bars.overridden)
+    if not subject.rows:
+        return Stage("logits", "inconclusive", "no held-out rows are known: give some with --data", {}, shown)
+    comparison = compare(subject.reference, subject.candidate, subject.corpus.sequences, label="logits", tie=2 * (bars.difference or 0.0))
+    figures = logits_figures(comparison)
+    figures["rows_from"] = subject.rows_from
+    return concluded("logits", logits_verdicts(comparison, bars), figures, shown, "the package does not compute what PyTorch does")
+
+
+def logits_figures(comparison: Comparison) -> dict[str, Any]:
+    """Return the figures of a comparison, as the report holds them."""
+    return {
+        "rows": len(comparison.tokens),
+        "tokens": sum(comparison.tokens),
+        "kl": comparison.mean_kl,
+        "top1": comparison.top1,
+        "ties": comparison.ties,
+        "nmse": comparison.nmse,
+        "largest_difference": comparison.largest,
+    }
+
+
+def logits_verdicts(comparison: Comparison, bars: Bars) -> list[Verdict]:
+    """Hold a comparison against the bars of its precision."""
+    verdicts = []
+    if bars.nmse is not None:
+        verdicts.append(exactly("NMSE", comparison.nmse, bars.nmse))
+    if bars.difference is not None:
+        verdicts.append(exactly("largest difference", comparison.largest, bars.difference))
+    if bars.kl is not None:
+        verdicts.append(at_most("KL", comparison.mean_kl, bars.kl))
+    if bars.top1 is not None:
+        verdicts.append(at_least("top-1 agreement", comparison.top1, bars.top1))
+    else:
+        other = sum(comparison.tokens) - comparison.same_top - comparison.ties
+        verdicts.append(exactly("tokens with another top-1, ties left out", other, 0))
+    return verdicts
+
+
+def check_text(subject: Subject, bars: Bars) -> Stage:
+    """Compare greedy answers: of the package with PyTorch's, and of the device's runtime with the package's own graph."""
+    if not has_answers(subject):
+        return Stage("text", "skipped", "the rows have no prompt and expected answer: there is no text to compare")
+    interface = evaluation.bounded(subject.baseline_interface, subject.candidate)
+    longest = evaluation.longest_answer_tokens(evaluation.questions_of(subject.rows, subject.tokenizer, interface))
+    package = Loaded(subject.candidate, subject.tokenizer, interface, subject.found, "export")
+    baseline = Loaded(subject.reference, subject.tokenizer, interface, subject.baseline_found, "model")
+    batch = subject.settings.batch_size
+    ours = evaluation.answer_rows(baseline, subject.rows, max_new_tokens=longest, batch_size=batch)
+    theirs = evaluation.answer_rows(package, subject.rows, max_new_tokens=longest, batch_size=batch)
+    wrong = runtime_differences(subject, theirs, longest)
+    same = sum(a.predicted == b.predicted for a, b in zip(ours, theirs, strict=True))
+    figures: dict[str, Any] = {"rows": len(ours), "same_answer": results.proportion(same, len(ours)), "runtime_differing": wrong}
+    verdicts = [exactly("answers that onnxruntime-genai gives otherwise than the graph", wrong, 0)]
+    shown: dict[str, Any] = {"runtime_differing": 0}
+    if bars.nmse is not None:
+        different = sum(a.predicted != b.predicted and not _tied(subject, a.prompt_ids, bars) for a, b in zip(ours, theirs, strict=True))
+        verdicts.append(exactly("answers other than PyTorch's, ties left out", different, 0))
+        shown["differing_answers"] = 0
+    metric = subject.settings.metric
+    if metric is not None and metric != "perplexity":
+        verdicts.append(
+            _task_verdict(evaluation.score(theirs, metric), evaluation.score(ours, metric), ours, theirs, metric, bars, figures)
+        )
+        shown["task_points"] = bars.task_points
+    else:
+        verdicts.append(Verdict("pass", f"{same} of {len(ours)} answers are PyTorch's"))
+    return concluded("text", verdicts, figures, shown, "the package does not answer as PyTorch does")
+
+
+def runtime_differences(subject: Subject, answers: list[Any], longest: int) -> int:
+    """Count rows that onnxruntime-genai's Generator, which a device runs, answers otherwise than the batched graph."""
+    interface = subject.interface
+    chosen = answers[:: max(1, len(answers) // _RUNTIME_ROWS)][:_RUNTIME_ROWS]
+    differing = 0
+    for answer in chosen:
+        # The stop tokens of the runtime's own config are what ends this stream.
+        tokens = subject.candidate.stream(answer.prompt_ids, max_new_tokens=longest, stop_token_ids=interface.stop_token_ids)
+        differing += list(tokens) != answer.predicted_ids
+    return differing
+
+
+def _task_verdict(
+    ours: Estimate, baseline: Estimate, expected: list[Any], found: list[Any], metric: str, bars: Bars, figures: dict[str, Any]
+) -> Verdict:
+    """Hold the loss of the task metric, paired on the rows, against its bar in points of 100."""
+    paired = results.paired_difference([float(a.correct) for a in expected], [float(a.correct) for a in found])
+    loss = Estimate(100 * (baseline.value - ours.value), 100 * paired.low, 100 * paired.high, paired.n, "points")
+    figures |= {metric: ours, f"{metric}_baseline": baseline, "task_loss": loss}
+    text = f"{metric} {ours.value:.4f}, PyTorch {baseline.value:.4f}: {loss.value:+.2f} points lost [{loss.low:.2f}, {loss.high:.2f}], bar {bars.task_points:g}"
+    if all(a.correct == b.correct for a, b in zip(expected, found, strict=True)):
+        return Verdict("pass", text)  # not one row differs: there is nothing to estimate
+    status = "pass" if loss.high <= bars.task_points else "fail" if loss.low > bars.task_points else "inconclusive"
+    return Verdict(status, text)
+
+
+def _tied(subject: Subject, prompt: list[int], bars: Bars) -> bool:
+    """Tell whether two answers part at a tie: PyTorch's two largest logits, after the prompt or later, are that near."""
+    interface = subject.baseline_interface
+    answer = next(subject.reference.generate([prompt], max_new_tokens=64, stop_token_ids=interface.stop_token_ids))
+    logits = next(subject.reference.logits([[*prompt, *answer]]))[len(prompt) - 1 :]
+    top = np.partition(logits, -2, axis=-1)[:, -2:]
+    return bool(((top[:, 1] - top[:, 0]) <= 2 * (bars.difference or 0.0)).any())
+
+
+def check_retention(subject: Subject) -> Stage:
+    """Measure whether the fine-tune is in the package: in its weights, in its arithmetic and in its effect."""
+    if subject.base is None:
+        return Stage("retention", "skipped", "the model before the fine-tune is not known: give it with --base")
+    if subject.baseline_found is not None and subject.baseline_found.manifest.kind == "adapter":
+        return Stage("retention", "skipped", "the baseline is an unmerged adapter: merge it to measure retention in the weights")
+    graph = weights.load_graph(subject.graph_path)
+    found = weights.shares(graph, subject.baseline, subject.base)
+    if not found:
+        return Stage("retention", "fail", f"{subject.baseline} has the very weights of {subject.base}: there is no fine-tune in it")
+    settings = subject.settings
+    verdicts, figures, bars = weights.weight_verdicts(found, settings.retention_bar)
+    if subject.rows:
+        chosen = _few(subject.corpus.sequences)
+        verdicts += [_twin(subject, graph, chosen, figures), _effect(subject, chosen, figures)]
+        bars |= {"twin_kl": settings.twin_bar, "effect": [1 - settings.effect_bar, 1 + settings.effect_bar]}
+    return concluded("retention", verdicts, figures, bars, "the fine-tune is not in the package as it was trained")
+
+
+def _twin(subject: Subject, graph: weights.Model, sequences: list[Encoded], figures: dict[str, Any]) -> Verdict:
+    """Compare the package with PyTorch on the package's own dequantized weights: only arithmetic is left to differ."""
+    twin = twin_runner(subject, graph)
+    figures["twin_kl"] = compare(twin, subject.candidate, sequences, label="twin test").mean_kl
+    twin.close()
+    return at_most("twin KL", figures["twin_kl"], subject.settings.twin_bar)
+
+
+def twin_runner(subject: Subject, graph: weights.Model) -> Runner:
+    """Return PyTorch with the package's weights."""
+    import torch
+
+    from slmops.graph.linears import hugging_face_weights
+    from slmops.runtime.hugging_face import load_model
+
+    model = load_model(subject.baseline)
+    own = dict(model.named_parameters())
+    values = hugging_face_weights(graph, weights.parameter_shapes(subject.baseline))
+    with torch.no_grad():
+        for name, value in values.items():
+            if name in own:
+                own[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))
+    return TorchRunner(model, subject.baseline, subject.threads)
+
+
+def _effect(subject: Subject, sequences: list[Encoded], figures: dict[str, Any]) -> Verdict:
+    """Compare the fine-tune's effect on the logits: KL from the base, of the package and of PyTorch."""
+    from slmops.runtime.loading import open_model
+
+    assert subject.base is not None
+    base = open_model(subject.base, threads=subject.threads).runner
+    package = compare(base, subject.candidate, sequences, label="effect in the package").mean_kl.value
+    torch = compare(base, subject.reference, sequences, label="effect in PyTorch").mean_kl.value
+    base.close()
+    figures |= {"effect": package / torch, "effect_package_kl": package, "effect_pytorch_kl": torch}
+    bar = subject.settings.effect_bar
+    return within("effect ratio", package / torch, 1 - bar, 1 + bar)
+
+
+def _few(sequences: list[Encoded]) -> list[Encoded]:
+    """Return evenly spaced sequences (they are sorted by length)."""
+    step = max(1, -(-len(sequences) // _FEW_ROWS))
+    return sequences[::step]

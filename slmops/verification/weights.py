@@ -1,0 +1,160 @@
+"""Is the graph the one that was asked for, and is the fine-tune still in its weights?
+
+`retention`, in weight space and without data: for each adapted layer, with D what the fine-tune changed in float,
+p = <W_package - W_base, D> / <D, D>. It is 1 when the fine-tune is there, 0 when it is gone (merged into a coarse grid and
+rounded off, dropped, the base passed off), 1.5 when it was scaled so. Rounding to a grid of step s adds noise of about
+s / sqrt(12) / ||D||, small because D has thousands of entries.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slmops import environment, progress
+from slmops.graph import checking
+from slmops.graph.linears import Linear, Model, linears, load_graph, parts, quantized, weights
+from slmops.graph.rewriting import FULL, MAIN
+from slmops.verification.stages import Stage, Verdict, within
+from slmops.verification.subject import Subject
+
+_LAYER_BAND = 0.2
+_NOISE_WIDTHS = 3
+
+
+def check_graph(subject: Subject) -> Stage:
+    """Compare the graph with the manifest's recipe, the baseline's layers, and its twin."""
+    graph = load_graph(subject.graph_path)
+    found = linears(graph)
+    shapes = parameter_shapes(subject.baseline)
+    problems = [f"{linear.name} is no layer of the baseline" for linear in found if not parts(linear.name, shapes)] if shapes else []
+    problems += [
+        f"{linear.name} has {linear.outputs} outputs, and the baseline {total}"
+        for linear in found
+        if (total := sum(rows.stop - rows.start for _, rows in parts(linear.name, shapes))) not in (0, linear.outputs)
+    ]
+    if subject.found is not None and "recipe" in subject.found.manifest.facts:
+        problems += checking.problems(subject.package, subject.found.manifest.facts["recipe"]["options"])
+    problems += _last_token_problems(subject)
+    schemes: dict[str, int] = {}
+    for linear in found:
+        key = f"{linear.scheme.bits} bits, blocks of {linear.scheme.block_size}" if linear.scheme else "float"
+        schemes[key] = schemes.get(key, 0) + 1
+    figures = {"layers": len(found), "schemes": schemes, "problems": problems[:20]}
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        return Stage("graph", "fail", f"{'; '.join(problems[:3])}{more}: export again", figures, {"problems": 0})
+    shown = ", ".join(f"{count} layers of {key}" for key, count in schemes.items())
+    return Stage("graph", "pass", f"{shown}, as the recipe says", figures, {"problems": 0})
+
+
+def _last_token_problems(subject: Subject) -> list[str]:
+    """The graph that ships gives the last token's logits; they must be those of its twin, which the proof uses."""
+    if not ((subject.package / FULL).is_file() and (subject.package / MAIN).is_file()) or not subject.corpus.sequences:
+        return []
+    from slmops.runtime.decoder import Cache
+
+    main, full = subject.candidate.shipped, subject.candidate
+    rows = [sequence.ids for sequence in subject.corpus.sequences[:: max(1, len(subject.corpus.sequences) // 4)][:4]]
+    largest = 0.0
+    for row, expected in zip(rows, full.logits(rows), strict=True):
+        found = main.run(np.array([row]), np.array([len(row)]), Cache(main, 1, len(row)).arrays)[0, -1]
+        largest = max(largest, float(np.abs(found - expected[-1]).max()))
+    # The cut changes the order of no sum but the head's and one MLP's, whose kernels depend on the number of rows.
+    bar = 1e-3 if subject.precision == "fp32" else 2.0
+    return [f"the last token's logits differ by {largest:.2g} between {MAIN} and its twin"] if largest > bar else []
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of the fine-tune is in one layer of the package."""
+
+    layer: str
+    product: float
+    """<W_package - W_base, D>"""
+    energy: float
+    """<D, D>"""
+    noise: float
+    """Standard deviation that rounding gives p."""
+
+    @property
+    def p(self) -> float:
+        """1: all of the fine-tune; 0: none."""
+        return self.product / self.energy
+
+
+def shares(graph: Model, tuned: Path, base: Path) -> list[Share]:
+    """Measure the fine-tune's share in every layer that it changed.
+
+    Args:
+        graph: of the package, all layers.
+        tuned: the baseline, merged, in float.
+        base: the model before the fine-tune.
+    """
+    shapes = parameter_shapes(tuned)
+    after, before = _Weights(tuned), _Weights(base)
+    result = []
+    layers = linears(graph)
+    with progress.task("retention in the weights", total=len(layers), unit="layers") as task:
+        for linear in layers:
+            package = weights(graph, linear)
+            steps = _steps(graph, linear)
+            for name, rows in parts(linear.name, shapes):
+                old = before[name]
+                delta = after[name] - old
+                energy = float(np.vdot(delta, delta))
+                if energy > 0:
+                    product = float(np.vdot(package[rows] - old, delta))
+                    noise = float(np.sqrt((steps[rows] ** 2).mean() / 12) / math.sqrt(energy)) if steps is not None else 0.0
+                    result.append(Share(name.removesuffix(".weight"), product, energy, noise))
+            task.advance()
+    return result
+
+
+def weight_verdicts(found: list[Share], bar: float) -> tuple[list[Verdict], dict[str, Any], dict[str, Any]]:
+    """Hold the shares, pooled and layer by layer, against their bars; return verdicts, figures and bars."""
+    pooled = sum(s.product for s in found) / sum(s.energy for s in found)
+    noise = math.sqrt(sum((s.noise * s.energy) ** 2 for s in found)) / sum(s.energy for s in found)
+    worst = max(found, key=lambda s: abs(s.p - 1) - _NOISE_WIDTHS * s.noise)
+    verdicts = [within("p, pooled", pooled, 1 - bar, 1 + bar)]
+    band = _LAYER_BAND + _NOISE_WIDTHS * worst.noise
+    verdicts.append(within(f"p, worst layer ({worst.layer})", worst.p, round(1 - band, 3), round(1 + band, 3)))
+    figures = {
+        "p": pooled,
+        "p_noise": noise,
+        "layers": {s.layer: {"p": s.p, "noise": s.noise} for s in found},
+    }
+    return verdicts, figures, {"p": [1 - bar, 1 + bar], "p_layer": [1 - _LAYER_BAND, 1 + _LAYER_BAND]}
+
+
+def parameter_shapes(model: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of a Hugging Face folder, from the headers of its safetensors."""
+    safetensors = environment.require("safetensors", "to read weights")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(model.glob("*.safetensors")):
+        with safetensors.safe_open(file, framework="np") as stored:
+            shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    return shapes
+
+
+class _Weights:
+    """The parameters of a Hugging Face folder, read one at a time, as float32."""
+
+    def __init__(self, folder: Path) -> None:
+        safetensors = environment.require("safetensors", "to read weights")
+        self.places = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            stored = safetensors.safe_open(file, framework="pt")  # numpy has no bfloat16
+            self.places |= dict.fromkeys(stored.keys(), stored)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.places[name].get_tensor(name).float().numpy()
+
+
+def _steps(graph: Model, linear: Linear) -> np.ndarray | None:
+    """Return the step of each block, (outputs, blocks); None for a float layer."""
+    return np.abs(quantized(graph, linear).scales) if linear.scheme is not None else None
