@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`. Both share `make install`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: install quickstart test test-fast test-slow lint types format docs clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt -e '.[train]'
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: install
+	$(BIN)/slmops quickstart -o slmops-quickstart
+
+test: test-fast test-slow
+
+test-fast: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check slmops tests benchmarks
+	$(BIN)/ruff check slmops tests benchmarks
+
+types: $(VENV)/installed-dev
+	$(BIN)/pyright
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff format slmops tests benchmarks
+	$(BIN)/ruff check --fix slmops tests benchmarks
+
+docs: $(VENV)/installed-dev
+	$(BIN)/python -m slmops.cli.reference
+
+clean:
+	rm -rf $(VENV) slmops-quickstart

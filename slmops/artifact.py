@@ -155,7 +155,7 @@ class Draft:
 def create(
     out: Path | str, *, kind: Kind, command: str, config: dict[str, Any] | None = None, force: bool = False, keep_partial: bool = False
 ) -> Iterator[Draft]:
-    """Write an artefact: `with create(out, kind="model", command="merge") as draft:`.
+    """Write an artefact, as in `with artifact.create(out, kind="model", command="merge") as draft:`.
 
     The folder appears at `out` when the block ends without an error, and not before. On an error or Ctrl-C what was
     written is removed, unless `keep_partial` (training keeps its checkpoints for `--resume`).

@@ -51,7 +51,8 @@ class _Silent:
         pass
 
 
-_sink: ContextVar[Sink] = ContextVar("slmops_progress", default=_Silent())
+_SILENT = _Silent()
+_sink: ContextVar[Sink | None] = ContextVar("slmops_progress", default=None)
 
 
 @contextmanager
@@ -66,8 +67,8 @@ def watch(sink: Sink) -> Iterator[None]:
 
 @contextmanager
 def task(label: str, total: int | None = None, unit: str = "") -> Iterator[Task]:
-    """Report a piece of long work: `with task("evaluate", total=700, unit="rows") as rows: rows.advance()`."""
-    sink = _sink.get()
+    """Report a piece of long work: open one with `with`, call `advance` on it as units are done."""
+    sink = _sink.get() or _SILENT
     started = sink.start(label, total, unit)
     try:
         yield started
@@ -77,4 +78,4 @@ def task(label: str, total: int | None = None, unit: str = "") -> Iterator[Task]
 
 def say(line: str) -> None:
     """Report one decision or finding while work goes on."""
-    _sink.get().say(line)
+    (_sink.get() or _SILENT).say(line)

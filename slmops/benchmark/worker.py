@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -37,9 +38,14 @@ class Worker:
     def serve(self, requests: Iterator[str]) -> None:
         """Answer requests until there are no more."""
         tasks: dict[str, Callable[..., Any]] = {
-            "load": self.load, "time": self.time, "peak": self.peak, "generate": self.generate, "losses": self.losses,
-            "write_logits": self.write_logits, "compare_logits": self.compare_logits,
-        }  # fmt: skip
+            "load": self.load,
+            "time": self.time,
+            "usage": self.usage,
+            "generate": self.generate,
+            "losses": self.losses,
+            "write_logits": self.write_logits,
+            "compare_logits": self.compare_logits,
+        }
         for line in requests:
             request = json.loads(line)
             try:
@@ -50,7 +56,7 @@ class Worker:
     def load(self, folder: str, threads: int, precision: str) -> dict[str, Any]:
         """Load the model; its engine's libraries are imported first and timed apart."""
         started = time.perf_counter()
-        _import_engine(kind_of(_path(folder)))
+        _import_engine(kind_of(Path(folder)))
         imported = time.perf_counter()
         self.runner = open_runner(folder, threads=threads, precision=precision)
         self.runner.prepare()
@@ -67,9 +73,9 @@ class Worker:
         """Time one generation."""
         return asdict(self._loaded.time(prompt, new_tokens=new_tokens))
 
-    def peak(self) -> int:
-        """Return the peak resident memory of this process so far, in bytes."""
-        return environment.peak_memory_bytes()
+    def usage(self) -> dict[str, Any]:
+        """Return what this process has used so far: its peak resident memory in bytes, and processor time."""
+        return {"peak_memory_bytes": environment.peak_memory_bytes(), "processor_seconds": time.process_time()}
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_token_ids: list[int]) -> list[list[int]]:
         """Answer prompts greedily; they come sorted by length, so that progress is steady."""
@@ -147,12 +153,6 @@ def _import_engine(kind: str) -> None:
     _ = environment.require("transformers", "to load a PyTorch model").AutoModelForCausalLM
     if kind == "adapter":
         environment.require("peft", "to load an adapter")
-
-
-def _path(folder: str) -> Any:
-    from pathlib import Path
-
-    return Path(folder)
 
 
 def _die_with_parent() -> None:

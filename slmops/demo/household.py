@@ -186,6 +186,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "arrives": ("came into the {room}", "was in the {room}", "sat down in the {room}", "came home at {hour}", "went to the {room}"),
     "says": ("said", "asked", "called out", "told the speaker"),
     "answers": ("the speaker answered", "said the speaker", "came the answer"),
+    "topic": ("That was about the", "They talked about the", "So much for the", "The speaker made a note of the"),
     "ending": (
         "Then {name} went to the {room}.",
         "{name} made tea in the {room}.",
@@ -278,7 +279,7 @@ def _story(source: random.Random) -> str:
     for _ in range(source.randint(1, 3)):
         intent = source.choice(INTENTS)
         said, answer = _command(source, intent), _expand(source, source.choice(_ANSWERS[intent]))
-        sentences.append(_expand(source, f'"{said}", {{name}} {{says}}. "{answer}", {{answers}}.'))
+        sentences.append(_expand(source, f'"{said}", {{name}} {{says}}. "{answer}", {{answers}}. {{topic}} {intent}.'))
     sentences.append(_expand(source, "{ending}"))
     return " ".join(sentences)
 

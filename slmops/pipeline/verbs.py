@@ -1,0 +1,43 @@
+"""Which verbs can be a step of a pipeline, what does each start from, and what does it make?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slmops import config
+from slmops.config import Settings
+
+DECIDED = ("out", "force", "resume", "predictions")
+"""Settings that the pipeline decides for every step: where it writes, and whether it replaces or goes on."""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What a pipeline must know of a verb."""
+
+    settings: type[Settings]
+    function: str
+    """Its name in `slmops`."""
+    takes: tuple[str, ...]
+    """Kinds of artefact that it starts from; the nearest earlier step that makes one of them is its source."""
+    makes: str | None
+    """Kind of the artefact that it writes; None for a measure, which gives a document."""
+    falls_back: str | None = None
+    """What it starts from where no earlier step fits: the pipeline's `model` or `data`."""
+    rows: bool = False
+    """It takes rows as its second argument (`data`)."""
+    paths: tuple[str, ...] = ()
+    """Settings that name a file, a folder or an earlier step."""
+
+
+VERBS = {
+    "prepare": Verb(config.PrepareSettings, "prepare_data", (), "dataset", "data"),
+    # Not the merged model of an earlier fine-tune, unless `use` says so: two fine-tunes on one base are the common case.
+    "finetune": Verb(config.FinetuneSettings, "finetune", (), "adapter", "model", rows=True, paths=("validation",)),
+    "merge": Verb(config.MergeSettings, "merge", ("adapter",), "model", paths=("base",)),
+    # An adapter counts: exporting the base past it would lose the fine-tune without a word.
+    "export": Verb(config.ExportSettings, "export", ("model", "adapter"), "export", "model"),
+    "verify": Verb(config.VerifySettings, "verify", ("export",), None, "model", paths=("baseline", "base", "data")),
+    "evaluate": Verb(config.EvaluateSettings, "evaluate", ("export", "model", "adapter"), None, "model", rows=True),
+    "bench": Verb(config.BenchSettings, "bench", ("export",), None, "model", paths=("baseline", "data")),
+}
