@@ -21,6 +21,7 @@ from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.errors import BadArtifact, RunFailed, Unavailable
 from slmops.graph import checking
 from slmops.graph.recipes import Recipe, recipe_for
+from slmops.runtime import hugging_face
 
 _DEFAULT_MAX_LENGTH = 2048
 # Peak memory of the builder's process and of the quantizer, over the model's float32 bytes (measured: 135 M shape 2.2).
@@ -124,19 +125,7 @@ def read_shape(model: Path) -> Shape:
         if name and name not in targets.ARCHITECTURES:
             return Shape(name, _HEAD_DIM_MULTIPLE, _DEFAULT_MAX_LENGTH, 0)
         raise BadArtifact(f"{model / 'config.json'} does not describe a decoder ({error})", "give a ...ForCausalLM model") from error
-    return Shape(architecture, head_dim, positions, 4 * parameters(model))
-
-
-def parameters(model: Path) -> int:
-    """Return the number of weights of a model, from the headers of its safetensors."""
-    safetensors = environment.require("safetensors", "to read weights")
-    import math
-
-    total = 0
-    for file in sorted(model.glob("*.safetensors")):
-        with safetensors.safe_open(file, framework="np") as stored:
-            total += sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys())  # noqa: SIM118
-    return total
+    return Shape(architecture, head_dim, positions, 4 * hugging_face.parameter_count(model))
 
 
 def _export_adapter(adapter: Path, out: Path, settings: ExportSettings) -> Artifact:
@@ -195,7 +184,7 @@ def _write(draft: Draft, source: Path, interface: Interface, target: targets.Tar
         "precision": settings.precision,
         "recipe": recipe.document(),
         "size_bytes": sum(file.stat().st_size for file in graphs),
-        "bytes_per_parameter": round(sum(file.stat().st_size for file in graphs) / parameters(source), 4),
+        "bytes_per_parameter": round(sum(file.stat().st_size for file in graphs) / hugging_face.parameter_count(source), 4),
         "level": "executed",
         "max_length_tokens": interface.max_length_tokens,
     }

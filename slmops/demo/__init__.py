@@ -5,6 +5,6 @@
 """
 
 from slmops.demo.household import INTENTS, Data, write_data
-from slmops.demo.pretraining import write_base
+from slmops.demo.pretraining import settings_of, write_base
 
-__all__ = ["INTENTS", "Data", "write_base", "write_data"]
+__all__ = ["INTENTS", "Data", "settings_of", "write_base", "write_data"]

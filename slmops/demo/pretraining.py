@@ -13,6 +13,7 @@ from typing import Any
 
 from slmops import artifact, environment, progress
 from slmops.artifact import Artifact
+from slmops.runtime import hugging_face
 
 SPECIALS = ("<unk>", "<s>", "</s>")
 _BOS, _EOS = 1, 2
@@ -44,10 +45,9 @@ def write_base(stories: Path, *, out: Path, seed: int = 0, force: bool = False) 
         Unavailable: torch, transformers or tokenizers is missing.
     """
     torch = environment.require("torch", "to train the demo's base model")
-    transformers = environment.require("transformers", "to write the demo's base model")
+    transformers = hugging_face.quiet_libraries()
     documents = stories.read_text(encoding="utf-8").split("\n\n")
-    settings = {"seed": seed, "vocabulary": _VOCABULARY, "batch": _BATCH, "block_tokens": _BLOCK, "learning_rate": _PEAK_LEARNING_RATE}
-    with artifact.create(out, kind="model", command="quickstart", config=settings | _SHAPE, force=force) as draft:
+    with artifact.create(out, kind="model", command="quickstart", config=settings_of(seed), force=force) as draft:
         tokenizer = train_tokenizer(documents)
         blocks = pack(tokenizer, documents)
         with torch.random.fork_rng(devices=[]):
@@ -71,6 +71,12 @@ def write_base(stories: Path, *, out: Path, seed: int = 0, force: bool = False) 
             "tokens": {"total": len(blocks) * _BLOCK},
         }
     return draft.done()
+
+
+def settings_of(seed: int) -> dict[str, int | float]:
+    """Return all that decides a base beside its text, as its manifest keeps it."""
+    loop = {"seed": seed, "vocabulary": _VOCABULARY, "batch": _BATCH, "block_tokens": _BLOCK, "learning_rate": _PEAK_LEARNING_RATE}
+    return loop | _SHAPE
 
 
 def train_tokenizer(documents: Sequence[str]) -> Any:

@@ -16,7 +16,7 @@ _FIGURES = {
     "merge": {"size_bytes": "size_bytes"},
     "export": {"precision": "precision", "size_bytes": "size_bytes", "bytes_per_parameter": "bytes_per_parameter"},
     "verify": {"passed": "passed", "failed_stage": "failed_stage"},
-    "bench": {f"{name}_ratio": f"ratio.{name}" for name in ("decode", "prefill", "ttft", "size", "peak_memory")},
+    "bench": {f"{name}_ratio": f"ratio.{name}" for name in ("decode", "prefill", "size")},
 }
 
 
@@ -43,14 +43,20 @@ class StepResult:
         found = {label: value_of(self.result, place) for label, place in _FIGURES[self.verb].items()}
         return {label: value for label, value in found.items() if value is not None}
 
+    def summary(self) -> str:
+        """Return the figures in one line."""
+        if self.verb == "verify":
+            return "every stage passed" if self.result.get("passed") else ""
+        if self.verb == "bench":
+            return ", ".join(f"{name.removesuffix('_ratio')} {value:.3g} x" for name, value in self.figures().items())
+        return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in self.figures().items())
+
     def document(self) -> dict[str, Any]:
         """Return the JSON form."""
-        figures = self.figures()
-        said = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items())
         document = {"name": self.name, "verb": self.verb, "command": self.verb, "status": self.status, "seconds": round(self.seconds, 3)}
         if self.artifact is not None:
             document["artifact"] = str(self.artifact)
-        return document | {"reason": self.reason or said, "figures": figures, "document": self.result}
+        return document | {"reason": self.reason or self.summary(), "figures": self.figures(), "document": self.result}
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""What does a pipeline file say? Its steps in order, each with checked settings and wired to what it starts from.
+r"""What does a pipeline file say? Its steps in order, each with checked settings and wired to what it starts from.
 
 ```yaml
 model: ../models/base        # a folder, relative to this file, or a hub id
 data: train.jsonl
 out: runs                    # one folder a step; default: <name of this file>-runs beside it
 steps:
-  finetune: {prompt_template: "{text}\\nIntent:", completion_template: " {intent}"}
+  finetune: {prompt_template: "{text}\nIntent:", completion_template: " {intent}"}
   merge: {}
   export: {precision: int4}
   export8: {verb: export, use: merge, precision: int8}
@@ -171,54 +171,57 @@ def _wire(reading: _Reading, where: str, verb: Verb, given: Mapping[str, Any]) -
     for name in verb.paths:
         value = given.get(name)
         if value is not None and not (name == "baseline" and value == "none"):
-            known = reading.makes.get(value) if isinstance(value, str) and name != "data" else None
-            inputs[name] = Reference(step=value) if known else _outside(_located(reading, f"{where}.{name}", value))
+            inputs[name] = _named(reading, f"{where}.{name}", value, ("dataset",) if name == "data" else ("model", "adapter", "export"))
     return {role: reference for role, reference in inputs.items() if reference is not None}
 
 
 def _source(reading: _Reading, where: str, verb: Verb, use: Any) -> Reference | None:
-    if use in ("model", "data"):
-        return _fallback(reading, where, use)
+    """Find the step, or the pipeline's model or data, that a step starts from."""
+    if use is not None and use == verb.falls_back:
+        return _fallback(reading, where, verb)
     if use is not None:
-        if use not in reading.makes:
+        if not isinstance(use, str) or use not in reading.makes:
             reading.problems.append(f"{where}.use: no earlier step {use}{nearest(str(use), list(reading.makes))}")
-        elif reading.makes[use] not in (*verb.takes, verb.falls_back, "anything"):
-            made = reading.makes[use]
-            kinds = " or ".join(verb.takes or (str(verb.falls_back),))
-            reading.problems.append(f"{where}.use: {use} makes {made or 'no folder'}, and {kinds} is needed")
-        return Reference(step=use)
+        elif reading.makes[use] not in (*verb.takes, "anything"):
+            made = reading.makes[use] or "no folder"
+            reading.problems.append(f"{where}.use: {use} makes {made}, and {' or '.join(verb.takes)} is needed")
+        return Reference(step=str(use))
     fitting = [name for name, made in reading.makes.items() if made in (*verb.takes, "anything")]
-    if fitting:
+    if fitting and verb.nearest:
         return Reference(step=fitting[-1])
-    if verb.falls_back is None:
+    return _fallback(reading, where, verb)
+
+
+def _fallback(reading: _Reading, where: str, verb: Verb) -> Reference | None:
+    """Return the pipeline's own model or data, where that is what a step can start from."""
+    name = verb.falls_back
+    value = getattr(reading, name) if name else None
+    if name is None or (verb.takes == ("export",) and value is not None and not (Path(value) / "genai_config.json").is_file()):
         reading.problems.append(f"{where}: no earlier step makes the {' or '.join(verb.takes)} that it needs")
-        return None
-    return _fallback(reading, where, verb.falls_back)
-
-
-def _fallback(reading: _Reading, where: str, name: str) -> Reference | None:
-    value = getattr(reading, name)
-    if value is None and not any(problem.startswith(f"{name}:") for problem in reading.problems):
+    elif value is None and not any(problem.startswith(f"{name}:") for problem in reading.problems):
         reading.problems.append(f"{where}: needs a {name}, and the file names none (`{name}: ...`)")
     return _outside(value)
 
 
 def _rows(reading: _Reading, where: str, verb: Verb, given: Any) -> Reference | None:
-    """A fine-tune takes the pipeline's data, prepared where an earlier step did; a measure must name its rows."""
-    if given is not None and reading.makes.get(given) == "dataset":
-        return Reference(step=given)
+    """Find a step's rows: a fine-tune takes the pipeline's data, prepared where a step did; a measure must name its own."""
     if given is not None:
-        return _outside(_located(reading, f"{where}.data", given))
+        return _named(reading, f"{where}.data", given, ("dataset",))
     if verb.makes is None:
         reading.problems.append(f"{where}.data: name the rows to measure on; the training rows are not taken for it")
         return None
     prepared = [name for name, made in reading.makes.items() if made == "dataset"]
-    return Reference(step=prepared[-1]) if prepared else _fallback(reading, where, "data")
+    return Reference(step=prepared[-1]) if prepared else _fallback(reading, where, VERBS["prepare"])
 
 
-def _settings(
-    reading: _Reading, where: str, verb: Verb, given: Mapping[str, Any], inputs: Mapping[str, Reference]
-) -> Settings | None:
+def _named(reading: _Reading, where: str, value: Any, kinds: tuple[str, ...]) -> Reference | None:
+    """Return the earlier step of that name, if it makes one of the kinds, or else the path."""
+    if isinstance(value, str) and reading.makes.get(value) in kinds:
+        return Reference(step=value)
+    return _outside(_located(reading, where, value))
+
+
+def _settings(reading: _Reading, where: str, verb: Verb, given: Mapping[str, Any], inputs: Mapping[str, Reference]) -> Settings | None:
     own = ("verb", "use", "gate", *(("data",) if verb.rows else ()))
     names = [name for name, _ in fields(verb.settings)]
     for key in given:

@@ -19,11 +19,13 @@ class Verb:
     function: str
     """Its name in `slmops`."""
     takes: tuple[str, ...]
-    """Kinds of artefact that it starts from; the nearest earlier step that makes one of them is its source."""
+    """Kinds of artefact that it can start from."""
     makes: str | None
     """Kind of the artefact that it writes; None for a measure, which gives a document."""
     falls_back: str | None = None
     """What it starts from where no earlier step fits: the pipeline's `model` or `data`."""
+    nearest: bool = True
+    """It starts from the nearest earlier step that makes what it takes; otherwise only where `use` names one."""
     rows: bool = False
     """It takes rows as its second argument (`data`)."""
     paths: tuple[str, ...] = ()
@@ -31,9 +33,9 @@ class Verb:
 
 
 VERBS = {
-    "prepare": Verb(config.PrepareSettings, "prepare_data", (), "dataset", "data"),
-    # Not the merged model of an earlier fine-tune, unless `use` says so: two fine-tunes on one base are the common case.
-    "finetune": Verb(config.FinetuneSettings, "finetune", (), "adapter", "model", rows=True, paths=("validation",)),
+    "prepare": Verb(config.PrepareSettings, "prepare_data", ("dataset",), "dataset", "data", nearest=False),
+    # Several fine-tunes of one base are the common case, not one on top of another's merged model.
+    "finetune": Verb(config.FinetuneSettings, "finetune", ("model",), "adapter", "model", nearest=False, rows=True, paths=("validation",)),
     "merge": Verb(config.MergeSettings, "merge", ("adapter",), "model", paths=("base",)),
     # An adapter counts: exporting the base past it would lose the fine-tune without a word.
     "export": Verb(config.ExportSettings, "export", ("model", "adapter"), "export", "model"),

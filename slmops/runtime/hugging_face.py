@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,21 @@ def load_model(folder: Path, *, precision: str = "fp32", nf4: bool = False, devi
     return model
 
 
+def parameter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of a Hugging Face folder, from the headers of its safetensors: no weight is read."""
+    safetensors = environment.require("safetensors", "to read weights")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(file, framework="np") as stored:
+            shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    return shapes
+
+
+def parameter_count(folder: Path) -> int:
+    """Return the number of weights of a Hugging Face folder."""
+    return sum(math.prod(shape) for shape in parameter_shapes(folder).values())
+
+
 def nf4_config(dtype: Any) -> Any:
     """Return the quantization that QLoRA trains on (Dettmers et al. 2023, arXiv 2305.14314: nf4, double quantization)."""
     from transformers import BitsAndBytesConfig
@@ -110,15 +126,22 @@ def find_base(folder: Path, found: Artifact | None, details: dict[str, Any], giv
     return place
 
 
-def load_adapted(base: Path, adapter: Path, *, precision: str = "fp32") -> nn.Module:
-    """Load base + adapter, unmerged; a base that was trained on in nf4 has the values of nf4, in float.
+def load_adapted(base: Path, adapter: Path, *, precision: str = "fp32", nf4: bool | None = None) -> nn.Module:
+    """Load base + adapter, unmerged.
+
+    Args:
+        base: the base model's folder.
+        adapter: the PEFT folder.
+        precision: of the base in memory: fp32 or bf16.
+        nf4: the adapter was trained on a base in nf4 (qlora): the base gets the values of nf4, in float. None: as the
+            adapter's manifest says.
 
     Raises:
         BadArtifact: a tensor of the adapter has no place in this base, or the wrong shape.
     """
     peft = environment.require("peft", "to load an adapter")
     found = artifact.find(adapter)
-    quantized = found is not None and found.manifest.facts.get("method") == "qlora"
+    quantized = nf4 if nf4 is not None else found is not None and found.manifest.facts.get("method") == "qlora"
     model: Any = load_model(base, precision=precision, nf4=quantized, device="cpu" if quantized else None)
     if quantized:
         model = model.dequantize()

@@ -48,6 +48,7 @@ class Run:
     steps: int
     history: list[dict[str, Any]]
     trainable_parameters: int
+    peak_memory_bytes: int
 
 
 def finetune(model: str | Path, data: str | Path, *, out: str | Path, config: Any = None, **overrides: Any) -> Artifact:
@@ -132,10 +133,59 @@ def prepare(base: Path, data: str | Path, settings: FinetuneSettings, draft: Dra
 def train(base: Path, material: Material, settings: FinetuneSettings, draft: Draft) -> Run:
     """Train the adapter with the engine asked for; it lies in the draft's folder afterwards."""
     if settings.method.engine == "olive":
-        from slmops import olive_backend
-
-        return olive_backend.train(base, material.train, material.validation, settings, draft.folder)
+        return train_with_olive(base, material, settings, draft)
     return train_with_peft(base, material, settings, draft.folder)
+
+
+def train_with_olive(base: Path, material: Material, settings: FinetuneSettings, draft: Draft) -> Run:
+    """Train with Olive's LoRA or QLoRA pass, on the same tokens and labels.
+
+    Raises:
+        InvalidInput: a setting that Olive's pass does not have.
+    """
+    from slmops import olive_backend
+    from slmops.training.trainer import validation_loss
+
+    run, optimizer, method = settings.run, settings.optimizer, settings.method
+    lacking = [name for name, given in (("resume", run.resume), ("precision bf16", run.precision == "bf16")) if given]
+    if lacking:
+        raise InvalidInput(f"engine olive: Olive's pass has no {', '.join(lacking)}", "leave it out, or use --engine peft")
+    rows, held_out = _pairs(material.train), _pairs(material.validation)
+    steps = total_steps(settings, len(rows))
+    done = olive_backend.train_adapter(
+        base,
+        rows,
+        draft.folder,
+        quantized=method.method == "qlora",
+        rank=method.lora_rank,
+        alpha=method.lora_alpha or 2 * method.lora_rank,
+        dropout=method.lora_dropout,
+        target_modules=method.target_modules,
+        epochs=optimizer.epochs,
+        max_steps=steps,
+        batch_size=optimizer.batch_size,
+        gradient_accumulation=optimizer.gradient_accumulation,
+        learning_rate=optimizer.learning_rate or methods.default_learning_rate(hugging_face.parameter_count(base)),
+        schedule=optimizer.schedule,
+        warmup_steps=round(optimizer.warmup_share * steps),
+        weight_decay=optimizer.weight_decay,
+        max_gradient_norm=optimizer.max_gradient_norm,
+        seed=run.seed,
+    )
+    draft.warn("engine olive keeps the last adapter, not the one of the best validation loss, and pads rows in the order of its sampler")
+    loss = None
+    if held_out:
+        adapted = hugging_face.load_adapted(base, draft.folder, nf4=method.method == "qlora")
+        loss = validation_loss(adapted, held_out, 4 * optimizer.batch_size)
+    return Run(
+        train_loss=_last_train_loss(done.history),
+        validation_loss=loss,
+        loop_seconds=done.loop_seconds,
+        steps=done.steps,
+        history=done.history,
+        trainable_parameters=done.trainable_parameters,
+        peak_memory_bytes=done.peak_memory_bytes,
+    )
 
 
 def train_with_peft(base: Path, material: Material, settings: FinetuneSettings, folder: Path) -> Run:
@@ -170,6 +220,7 @@ def train_with_peft(base: Path, material: Material, settings: FinetuneSettings, 
         steps=trainer.state.global_step,
         history=trainer.state.log_history,
         trainable_parameters=trainable,
+        peak_memory_bytes=environment.peak_memory_bytes(),
     )
 
 
@@ -178,8 +229,7 @@ def training_arguments(settings: FinetuneSettings, folder: Path, rows: int, para
     from transformers import TrainingArguments
 
     optimizer, run = settings.optimizer, settings.run
-    per_epoch = math.ceil(math.ceil(rows / optimizer.batch_size) / optimizer.gradient_accumulation)
-    steps = optimizer.max_steps or max(1, round(per_epoch * optimizer.epochs))
+    steps = total_steps(settings, rows)
     every = math.ceil(steps / run.evaluations)
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -205,6 +255,13 @@ def training_arguments(settings: FinetuneSettings, folder: Path, rows: int, para
         remove_unused_columns=False,
     )
     return arguments, steps
+
+
+def total_steps(settings: FinetuneSettings, rows: int) -> int:
+    """Return the number of optimizer steps of a run."""
+    optimizer = settings.optimizer
+    per_epoch = math.ceil(math.ceil(rows / optimizer.batch_size) / optimizer.gradient_accumulation)
+    return optimizer.max_steps or max(1, round(per_epoch * optimizer.epochs))
 
 
 def save_adapter_weights(model: Any, path: Path) -> None:
@@ -259,7 +316,7 @@ def finish(draft: Draft, base: Path, data: str | Path, material: Material, train
         "tokens": {"total": corpus.tokens_total, "supervised": corpus.tokens_supervised},
         "steps": trained.steps,
         "loop_seconds": round(trained.loop_seconds, 3),
-        "peak_memory_bytes": environment.peak_memory_bytes(),
+        "peak_memory_bytes": trained.peak_memory_bytes,
         "trainable_parameters": trained.trainable_parameters,
         "stop_reason": material.interface.stop_reason,
     }

@@ -79,7 +79,7 @@ class SupervisedTrainer(Trainer):
         self.order = Batches([len(ids) for ids, _ in train_rows], args.per_device_train_batch_size, seed)
         self.keep = keep
         self.best_loss = math.inf
-        self.keeps_logits = "logits_to_keep" in inspect.signature(_causal_model(model).forward).parameters
+        self.keeps_logits = keeps_logits(model)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the length-grouped batches."""
@@ -96,34 +96,16 @@ class SupervisedTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Return the summed cross entropy of the supervised tokens over their number in the whole optimizer step."""
         count = num_items_in_batch if num_items_in_batch is not None else int((inputs["targets"] != IGNORED).sum())
-        loss = self.summed_loss(model, inputs) / count
+        loss = summed_loss(model, inputs, self.keeps_logits) / count
         # Gradients of processes are averaged afterwards, and the count is that of all of them.
         return loss * self.accelerator.num_processes
-
-    def summed_loss(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-        """Return the cross entropy, in nats, summed over the supervised tokens of a batch."""
-        targets, kept = batch["targets"], batch["logits_to_keep"]
-        extra = {"logits_to_keep": kept} if self.keeps_logits else {}
-        masks = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
-        logits = model(input_ids=batch["input_ids"], use_cache=False, **masks, **extra).logits[:, -kept:]
-        counted = targets != IGNORED
-        return functional.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure the validation loss, in nats a supervised token; keep the adapter if it is the best so far."""
         if not self.validation_rows:
             return {}
         model: Any = self.model
-        model.eval()
-        batches = Batches([len(ids) for ids, _ in self.validation_rows], 4 * self.args.per_device_train_batch_size, 0)
-        total, tokens = 0.0, 0
-        with torch.inference_mode():
-            for numbers in batches.epoch(0):
-                batch = self._prepare_inputs(collate([self.validation_rows[i] for i in numbers]))
-                total += float(self.summed_loss(model, batch))
-                tokens += int((batch["targets"] != IGNORED).sum())
-        model.train()
-        loss = total / tokens
+        loss = validation_loss(model, self.validation_rows, 4 * self.args.per_device_train_batch_size)
         if loss < self.best_loss:
             self.best_loss = loss
             self.keep(model)
@@ -131,6 +113,44 @@ class SupervisedTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def summed_loss(model: nn.Module, batch: dict[str, Any], keeps: bool) -> torch.Tensor:
+    """Return the cross entropy, in nats, summed over the supervised tokens of a batch.
+
+    Args:
+        model: a causal language model.
+        batch: of `collate`.
+        keeps: the model takes `logits_to_keep`, and so computes the last positions' logits only.
+    """
+    targets, kept = batch["targets"], batch["logits_to_keep"]
+    extra = {"logits_to_keep": kept} if keeps else {}
+    masks = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
+    logits = model(input_ids=batch["input_ids"], use_cache=False, **masks, **extra).logits[:, -kept:]
+    counted = targets != IGNORED
+    return functional.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
+
+
+def validation_loss(model: nn.Module, rows: list[Row], batch_size: int) -> float:
+    """Return the mean cross entropy, in nats a supervised token, over all rows; the model is left in train mode."""
+    model.eval()
+    total, tokens, keeps = 0.0, 0, keeps_logits(model)
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        for numbers in Batches([len(ids) for ids, _ in rows], batch_size, 0).epoch(0):
+            batch = {
+                name: value.to(device) if hasattr(value, "to") else value for name, value in collate([rows[i] for i in numbers]).items()
+            }
+            total += float(summed_loss(model, batch, keeps))
+            tokens += int((batch["targets"] != IGNORED).sum())
+    model.train()
+    return total / tokens
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Tell whether a model can compute the last positions' logits only."""
+    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return "logits_to_keep" in inspect.signature(causal.forward).parameters
 
 
 class Watcher(TrainerCallback):
@@ -159,7 +179,3 @@ class Watcher(TrainerCallback):
                         f"training diverged: {ours} is {logs[theirs]} at step {state.global_step}",
                         "lower --learning-rate, or check the data",
                     )
-
-
-def _causal_model(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

@@ -19,6 +19,7 @@ from slmops import environment, progress
 from slmops.graph import checking
 from slmops.graph.linears import Linear, Model, linears, load_graph, parts, quantized, weights
 from slmops.graph.rewriting import FULL, MAIN
+from slmops.runtime.hugging_face import parameter_shapes
 from slmops.verification.stages import Stage, Verdict, within
 from slmops.verification.subject import Subject
 
@@ -129,16 +130,6 @@ def weight_verdicts(found: list[Share], bar: float) -> tuple[list[Verdict], dict
         "layers": {s.layer: {"p": s.p, "noise": s.noise} for s in found},
     }
     return verdicts, figures, {"p": [1 - bar, 1 + bar], "p_layer": [1 - _LAYER_BAND, 1 + _LAYER_BAND]}
-
-
-def parameter_shapes(model: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter of a Hugging Face folder, from the headers of its safetensors."""
-    safetensors = environment.require("safetensors", "to read weights")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(model.glob("*.safetensors")):
-        with safetensors.safe_open(file, framework="np") as stored:
-            shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-    return shapes
 
 
 class _Weights:
