@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import weakref
@@ -22,6 +21,7 @@ from slmops.evaluation import Answer, answer_rows, perplexity, score, token_loss
 from slmops.evaluation.losses import surprise
 from slmops.runtime.loading import open_model
 
+QUICK: dict[str, Any] = tiny.TEMPLATES | {"threads": 1}  # two threads of torch on busy cores wait for each other at every layer
 WRONG = [{"text": "play some jazz", "intent": "weather"}, {"text": "how warm is it", "intent": "banana"}]
 
 
@@ -44,7 +44,7 @@ def answers(*pairs: tuple[str, str]) -> list[Answer]:
 
 @pytest.mark.parametrize("kind", ["model", "export"])
 def test_right_and_wrong_answers_are_counted_and_kept(kind: str, folders: dict[str, Path], tmp_path: Path):
-    done = slmops.evaluate(folders[kind], folders["data"], **tiny.TEMPLATES, predictions=tmp_path / "p.jsonl").document()
+    done = slmops.evaluate(folders[kind], folders["data"], **QUICK, predictions=tmp_path / "p.jsonl").document()
     estimate = done["metrics"]["exact_match"]
     assert (estimate["value"], estimate["n"]) == (0.8, 10)
     # Wilson's interval for 8 of 10, as in the literature: 0.490 to 0.943.
@@ -60,7 +60,7 @@ def test_torch_and_package_are_asked_the_same_ids_and_answer_the_same(folders: d
     rows = [{"text": text, "intent": "music"} for text in ("play jazz", "rain", "the lamp is on and it is cold outside today", "light")]
     found = []
     for kind in ("model", "export"):
-        loaded = open_model(folders[kind])
+        loaded = open_model(folders[kind], threads=1)
         interface = loaded.interface.model_copy(update=tiny.TEMPLATES)
         found.append(answer_rows(type(loaded)(loaded.runner, loaded.tokenizer, interface, None, kind), rows, batch_size=2))
     assert found[0] == found[1]
@@ -70,15 +70,16 @@ def test_torch_and_package_are_asked_the_same_ids_and_answer_the_same(folders: d
 def test_an_answer_ends_at_eight_tokens_more_than_the_longest_expected(folders: dict[str, Path], tmp_path: Path):
     rows = tiny.write_rows(tmp_path / "r.jsonl", [{"text": "", "intent": "zzzz"}])
     endless = tiny.make_model(tmp_path / "random", seed=3)
-    done = slmops.evaluate(endless, rows, prompt_template="{text}:", completion_template="{intent}", predictions=tmp_path / "p.jsonl")
+    changed = QUICK | {"prompt_template": "{text}:", "completion_template": "{intent}"}
+    done = slmops.evaluate(endless, rows, **changed, predictions=tmp_path / "p.jsonl")
     assert any("1 of 1 answers did not end by themselves and were cut at" in warning for warning in done.warnings)
-    short = slmops.evaluate(folders["model"], folders["data"], **tiny.TEMPLATES, max_new_tokens=1, predictions=tmp_path / "q.jsonl")
+    short = slmops.evaluate(folders["model"], folders["data"], **QUICK, max_new_tokens=1, predictions=tmp_path / "q.jsonl")
     assert short.metrics["exact_match"].value < 0.8
 
 
 def test_adapter_and_its_base(folders: dict[str, Path], tmp_path: Path):
     def predicted(name: str, **settings: Any) -> list[str]:
-        slmops.evaluate(folders[name], folders["data"], **tiny.TEMPLATES, predictions=tmp_path / "p.jsonl", **settings)
+        slmops.evaluate(folders[name], folders["data"], **QUICK, predictions=tmp_path / "p.jsonl", **settings)
         return [json.loads(line)["predicted"] for line in (tmp_path / "p.jsonl").read_text().splitlines()]
 
     assert predicted("adapter", base=True) == predicted("model")
@@ -86,14 +87,14 @@ def test_adapter_and_its_base(folders: dict[str, Path], tmp_path: Path):
 
 
 def test_answers_lie_beside_the_model_and_leave_its_hashes_alone(folders: dict[str, Path]):
-    done = slmops.evaluate(folders["export"], folders["data"], **tiny.TEMPLATES, max_rows=3, metric="accuracy")
+    done = slmops.evaluate(folders["export"], folders["data"], **QUICK, max_rows=3, metric="accuracy")
     assert done.predictions == folders["export"].parent / "export.evaluations" / "rows-accuracy.jsonl"
     assert done.rows == 3 and len(done.predictions.read_text().splitlines()) == 3
     assert artifact.changed_files(artifact.load(folders["export"])) == []
     with pytest.raises(InvalidInput, match="whose hashes it would break"):
-        slmops.evaluate(folders["export"], folders["data"], **tiny.TEMPLATES, predictions=folders["export"] / "p.jsonl")
+        slmops.evaluate(folders["export"], folders["data"], **QUICK, predictions=folders["export"] / "p.jsonl")
     with pytest.raises(InvalidInput, match="the data itself"):
-        slmops.evaluate(folders["export"], folders["data"], **tiny.TEMPLATES, predictions=folders["data"])
+        slmops.evaluate(folders["export"], folders["data"], **QUICK, predictions=folders["data"])
 
 
 def test_a_changed_export_is_not_evaluated(folders: dict[str, Path], tmp_path: Path):
@@ -103,7 +104,7 @@ def test_a_changed_export_is_not_evaluated(folders: dict[str, Path], tmp_path: P
     data = changed / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(BadArtifact, match=r"model\.onnx\.data: content changed"):
-        slmops.evaluate(changed, folders["data"], **tiny.TEMPLATES)
+        slmops.evaluate(changed, folders["data"], **QUICK)
 
 
 def test_accuracy_counts_an_answer_outside_the_labels_as_wrong():
@@ -134,7 +135,7 @@ def test_perplexity_is_exp_of_pytorchs_own_loss_over_the_completion_and_its_stop
     from slmops.data import Tokenizer, encode_rows
 
     rows = [*tiny.ROWS, *WRONG]
-    done = slmops.evaluate(folders[kind], folders["data"], **tiny.TEMPLATES, metric="perplexity", predictions=tmp_path / "p.jsonl")
+    done = slmops.evaluate(folders[kind], folders["data"], **QUICK, metric="perplexity", predictions=tmp_path / "p.jsonl")
     interface = Interface(**tiny.TEMPLATES, bos_token_id=1, stop_token_ids=(2,), max_length_tokens=tiny.POSITIONS)
     model = AutoModelForCausalLM.from_pretrained(folders["model"], dtype=torch.float32)
     nats, tokens = 0.0, 0
@@ -170,7 +171,6 @@ class Uniform:
         for row in rows:
             made = np.zeros((len(row), 50), np.float32)
             alive.append(weakref.ref(made))
-            gc.collect()
             self.most_alive = max(self.most_alive, sum(one() is not None for one in alive))
             yield made
             del made
@@ -188,7 +188,7 @@ def test_losses_hold_the_logits_of_few_rows_and_come_back_in_order():
 
 def test_rows_that_were_cut_are_counted(folders: dict[str, Path], tmp_path: Path):
     rows = tiny.write_rows(tmp_path / "long.jsonl", [{"text": "play " * 200, "intent": "music"}, tiny.ROWS[0]])
-    done = slmops.evaluate(folders["model"], rows, **tiny.TEMPLATES, predictions=tmp_path / "p.jsonl")
+    done = slmops.evaluate(folders["model"], rows, **QUICK, predictions=tmp_path / "p.jsonl")
     assert any(warning.startswith("1 of 2 rows are longer than 128 tokens and were cut") for warning in done.warnings)
 
 
@@ -197,7 +197,12 @@ def test_what_has_no_answers_is_refused(folders: dict[str, Path], tmp_path: Path
     text.write_text("only text\n")
     with pytest.raises(InvalidInput, match="plain text has no answer"):
         slmops.evaluate(folders["model"], text)
-    assert slmops.evaluate(folders["model"], text, metric="perplexity", predictions=tmp_path / "p.jsonl").metrics["perplexity"].value > 1
+    assert (
+        slmops.evaluate(folders["model"], text, metric="perplexity", threads=1, predictions=tmp_path / "p.jsonl")
+        .metrics["perplexity"]
+        .value
+        > 1
+    )
     with pytest.raises(InvalidInput, match="banana"):
         slmops.evaluate(folders["model"], folders["data"], prompt_template="{banana}", completion_template="{intent}")
     with pytest.raises(InvalidInput, match=r"no such data file"):
@@ -205,14 +210,14 @@ def test_what_has_no_answers_is_refused(folders: dict[str, Path], tmp_path: Path
     missing = tmp_path / "missing.jsonl"
     missing.write_text(json.dumps(tiny.ROWS[0]) + "\n" + json.dumps({"text": "x"}) + "\n")
     with pytest.raises(InvalidInput, match="row 2"):
-        slmops.evaluate(folders["model"], missing, **tiny.TEMPLATES)
+        slmops.evaluate(folders["model"], missing, **QUICK)
 
 
 def test_of_a_prepared_dataset_the_validation_rows_are_measured(folders: dict[str, Path], tmp_path: Path):
     rows = [{"text": f"{row['text']} {i}", "intent": row["intent"]} for i in range(10) for row in tiny.ROWS]
     prepared = slmops.prepare_data(tiny.write_rows(tmp_path / "all.jsonl", rows), out=tmp_path / "prepared", **tiny.TEMPLATES)
     held_out = (prepared.path / "validation.jsonl").read_text().splitlines()
-    done = slmops.evaluate(folders["model"], prepared.path, predictions=tmp_path / "p.jsonl")
+    done = slmops.evaluate(folders["model"], prepared.path, threads=1, predictions=tmp_path / "p.jsonl")
     assert done.rows == len(held_out) == 16
     first = json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])
     assert first["prompt"] == f"{json.loads(held_out[0])['text']}\nIntent:"

@@ -47,14 +47,14 @@ def test_a_row_near_the_length_ends_there_and_does_not_shorten_its_neighbours(ki
 
 
 def test_fp32_logits_are_pytorchs(folders: dict[str, Path]):
-    torch_logits, graph_logits = (list(open_runner(folders[kind]).logits(PROMPTS)) for kind in ("torch", "fp32"))
+    torch_logits, graph_logits = (list(open_runner(folders[kind], threads=1).logits(PROMPTS)) for kind in ("torch", "fp32"))
     for ours, theirs, ids in zip(graph_logits, torch_logits, PROMPTS, strict=True):
         assert ours.shape == theirs.shape == (len(ids), 320)
         assert np.abs(ours - theirs).max() < 1e-4
 
 
 def test_torch_logits_are_the_same_in_windows_of_any_size(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
-    runner: Any = open_runner(folders["torch"])
+    runner: Any = open_runner(folders["torch"], threads=1)
     whole = list(runner.logits(PROMPTS))
     monkeypatch.setattr(torch_runner, "_LOGITS_BYTES", 4 * 320 * 6)  # six tokens: the rows of three and four do not fit together
     windows = list(runner._windows(PROMPTS))
@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_refused(folders: dict[str, Path], tmp_path: Path):
     with pytest.raises(InvalidInput, match="does not fit the package's 48"):
         list(runner.generate([[1] * 48], max_new_tokens=1, stop_token_ids=[]))
     with pytest.raises(InvalidInput, match="129 tokens"):
-        list(open_runner(folders["torch"]).logits([[1] * 129]))
+        list(open_runner(folders["torch"], threads=1).logits([[1] * 129]))
     with pytest.raises(BadArtifact, match="no such folder"):
         open_model(tmp_path / "nothing")
     with pytest.raises(BadArtifact, match="holds no model"):

@@ -61,6 +61,7 @@ def make_model(folder: Path, seed: int = 0, *, learned: Sequence[dict[str, Any]]
     from transformers import LlamaConfig, LlamaForCausalLM
 
     make_tokenizer(folder)
+    torch.set_num_threads(1)  # more of them wait for each other at every layer of a model this small
     torch.manual_seed(seed)
     shape = {
         "vocab_size": 320,

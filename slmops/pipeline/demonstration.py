@@ -18,6 +18,8 @@ from slmops.pipeline.outcome import PipelineResult, value_of
 from slmops.pipeline.running import run
 
 _MARK = "# Written by `slmops quickstart`"
+# The pipeline file, which marks the folder, goes last: a removal that was interrupted can be repeated.
+_WRITTEN = ("runs", "base", "data", "NEXT.md", "pipeline.yaml")
 # Threads cost more than they bring on matrices of 128: on a busy machine twenty times as much processor time.
 _THREADS = 1
 _PIPELINE = f"""{_MARK}, which writes it anew each time: to change it, copy it.
@@ -156,7 +158,7 @@ def quickstart(*, out: str | Path = "slmops-quickstart", config: Any = None, **o
 
 
 def _claim(out: Path, *, force: bool) -> None:
-    """Refuse a folder that holds anything but an earlier quickstart; with `force`, empty that."""
+    """Refuse a folder that holds anything but an earlier quickstart; with `force`, remove what that wrote."""
     if out.is_file():
         raise BadArtifact(f"{out} is a file, not a folder to write to", "choose another folder with -o")
     if not out.is_dir() or not any(out.iterdir()):
@@ -164,8 +166,12 @@ def _claim(out: Path, *, force: bool) -> None:
     file = out / "pipeline.yaml"
     if not file.is_file() or not file.read_text(encoding="utf-8", errors="replace").startswith(_MARK):
         raise BadArtifact(f"output folder {out} is not empty and was not written by the quickstart", "choose another with -o")
-    if force:
-        shutil.rmtree(out)
+    for name in _WRITTEN if force else ():
+        place = out / name
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
 
 
 def _write(out: Path, precision: str, seed: int) -> Path:

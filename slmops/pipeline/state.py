@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from slmops import __version__, artifact
+from slmops import __version__, artifact, environment
 from slmops.config import flat
 from slmops.data.tokenizer_files import TOKENIZER_FILES
 from slmops.errors import BadArtifact
@@ -98,7 +98,9 @@ def key_of(plan: Plan, step: Step) -> str:
     """
     settings = {name: value for name, value in flat(step.settings).items() if name not in (*DECIDED, *step.inputs)}
     inputs = {role: content_of(plan.place(reference)) for role, reference in step.inputs.items()}
-    return _hash({"version": __version__, "verb": step.verb, "settings": settings, "inputs": inputs})
+    # Timings of another machine are no timings of this one.
+    machine = [environment.machine().processor, environment.usable_cores()] if step.verb == "bench" else None
+    return _hash({"version": __version__, "verb": step.verb, "settings": settings, "inputs": inputs, "machine": machine})
 
 
 def content_of(place: str) -> str:
