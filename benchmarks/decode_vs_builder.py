@@ -103,7 +103,9 @@ def _show(
         text = ", ".join(f"{name} {value.value:.2f} x [{value.low:.2f}, {value.high:.2f}]" for name, value in ratios[model.role].items())
         print(f"slmops against {names[model.role]}: {text}")
     if busy > quiet.BUSY or not stable:
-        print(f"doubtful: other programs took {busy:.0%} of the processor{'' if stable else ', and not every side became stable in the warm-up'}")
+        print(
+            f"doubtful: other programs took {busy:.0%} of the processor{'' if stable else ', and not every side became stable in the warm-up'}"
+        )
     document = {
         "model": str(options.model),
         "threads": options.threads,

@@ -153,12 +153,13 @@ class Draft:
 
 @contextmanager
 def create(
-    out: Path | str, *, kind: Kind, command: str, config: dict[str, Any] | None = None, force: bool = False, keep_partial: bool = False
+    out: Path | str, *, kind: Kind, command: str, config: dict[str, Any] | None = None, force: bool = False, keep: str | None = None
 ) -> Iterator[Draft]:
     """Write an artefact, as in `with artifact.create(out, kind="model", command="merge") as draft:`.
 
     The folder appears at `out` when the block ends without an error, and not before. On an error or Ctrl-C what was
-    written is removed, unless `keep_partial` (training keeps its checkpoints for `--resume`).
+    written is removed, unless it holds something named `keep` (training's checkpoints, for `--resume`), which is also
+    left in place when writing begins again.
 
     Raises:
         BadArtifact: `out` holds something already and `force` is not set, or is not a folder of slmops at all.
@@ -167,16 +168,16 @@ def create(
     out = Path(out)
     refuse_occupied(out, force=force)
     partial = partial_folder(out)
-    if partial.exists() and not keep_partial:
+    if partial.exists() and not _holds(partial, keep):
         shutil.rmtree(partial)
     started = time.perf_counter()
     try:
-        partial.mkdir(parents=True, exist_ok=keep_partial)
+        partial.mkdir(parents=True, exist_ok=True)
         draft = Draft(folder=partial, out=out, kind=kind, command=command, config=config or {})
         yield draft
         draft.artifact = _complete(draft, time.perf_counter() - started)
     except BaseException as error:
-        if not keep_partial:
+        if not _holds(partial, keep):
             shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):
             raise RunFailed(*_write_failure(out, error)) from error
@@ -377,6 +378,10 @@ def _complete(draft: Draft, seconds: float) -> Artifact:
     draft.folder.rename(draft.out)
     shutil.rmtree(old, ignore_errors=True)
     return Artifact(draft.out, manifest)
+
+
+def _holds(partial: Path, keep: str | None) -> bool:
+    return keep is not None and (partial / keep).is_dir() and any((partial / keep).iterdir())
 
 
 def _records(folder: Path) -> dict[str, FileRecord]:

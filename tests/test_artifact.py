@@ -55,10 +55,11 @@ def test_nothing_is_left_when_it_breaks_off(tmp_path: Path, error: type[BaseExce
 
 
 def test_training_keeps_its_checkpoints_and_still_looks_incomplete(tmp_path: Path):
-    with pytest.raises(KeyboardInterrupt), create(tmp_path / "out", kind="adapter", command="finetune", keep_partial=True) as draft:
-        (draft.folder / "checkpoint").write_text("half")
+    with pytest.raises(KeyboardInterrupt), create(tmp_path / "out", kind="adapter", command="finetune", keep="checkpoints") as draft:
+        (draft.folder / "checkpoints").mkdir()
+        (draft.folder / "checkpoints" / "one").write_text("half")
         raise KeyboardInterrupt
-    assert (tmp_path / "out.partial" / "checkpoint").is_file()
+    assert (tmp_path / "out.partial" / "checkpoints" / "one").is_file()
     with pytest.raises(BadArtifact, match=f"no {MANIFEST}"):
         load(tmp_path / "out.partial")
     with pytest.raises(RunFailed, match="was not completed"):

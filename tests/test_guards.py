@@ -26,9 +26,11 @@ LAYERS = (
     ("config", "artifact", "targets", "results", "bandwidth"),
     ("data", "graph", "lineage"),
     ("runtime", "olive_backend"),  # `generate` puts a prompt into its template
-    ("evaluation", "verification", "benchmark", "diagnosis"),
+    ("evaluation", "diagnosis"),
+    ("verification", "benchmark"),  # both ask for answers and scores
     ("training", "adapters"),
     ("exporting", "packing"),  # `export` of an adapter folder merges it first
+    ("demo",),
     ("pipeline", "search", "sweep", "reporting", "serving"),
     ("cli",),
 )

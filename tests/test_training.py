@@ -19,7 +19,7 @@ from slmops.errors import BadArtifact, InvalidInput, RunFailed, SlmopsError, Una
 from slmops.training import methods
 from slmops.training.batches import IGNORED, Batches, collate
 from slmops.training.curve import write_curve
-from slmops.training.finetuning import training_arguments
+from slmops.training.engines import training_arguments
 
 Pair = tuple[list[int], list[int]]
 

@@ -1,0 +1,58 @@
+"""Can a run that was stopped go on, and is it the same run? Its checkpoints lie in the partial folder, with what they are of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from slmops import artifact
+from slmops.config import FinetuneSettings, flat
+from slmops.errors import BadArtifact, InvalidInput
+
+FOLDER = "checkpoints"
+_RUN = "run.json"
+# Settings that a run may be resumed with in another form: they change nothing of what is trained.
+_FREE = ("resume", "force")
+
+
+def prepare(partial: Path, base: Path, data: str | Path, settings: FinetuneSettings) -> None:
+    """Make the partial folder ready: emptied for a new run, checked to be of the same run for a resumed one.
+
+    Raises:
+        BadArtifact: `resume` is set, and there is no checkpoint to go on from.
+        InvalidInput: `resume` is set, and the checkpoints are of another run.
+    """
+    folder, now = partial / FOLDER, _identity(base, data, settings)
+    if not settings.run.resume:
+        shutil.rmtree(partial, ignore_errors=True)
+        folder.mkdir(parents=True)
+        artifact.write_json(folder / _RUN, now)
+        return
+    if latest(folder) is None or not (folder / _RUN).is_file():
+        raise BadArtifact(f"there is no checkpoint in {partial} to go on from", "start it without --resume")
+    then = json.loads((folder / _RUN).read_text(encoding="utf-8"))
+    changed = [f"{key}: {now.get(key)!r}, was {then.get(key)!r}" for key in now if now.get(key) != then.get(key)]
+    if changed:
+        raise InvalidInput(
+            f"the run that was stopped had other settings: {'; '.join(changed)}", "give the same, or start it without --resume"
+        )
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint, or None."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def lowest_validation_loss(checkpoint: Path) -> float | None:
+    """Return the lowest validation loss that the run had when the checkpoint was written."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return min((entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry), default=None)
+
+
+def _identity(base: Path, data: str | Path, settings: FinetuneSettings) -> dict[str, Any]:
+    values = {key: value for key, value in flat(settings).items() if key not in _FREE}
+    dataset = artifact.fingerprint(data) if Path(data).exists() else str(data)
+    return {**values, "base": artifact.fingerprint(base), "dataset": dataset}

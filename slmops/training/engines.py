@@ -1,0 +1,195 @@
+"""Who trains? Our own trainer with PEFT, or Olive's pass: the same tokens and labels in, the same PEFT folder out."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slmops import environment, progress
+from slmops.config import FinetuneSettings
+from slmops.data import Corpus
+from slmops.errors import InvalidInput, RunFailed
+from slmops.runtime import hugging_face
+from slmops.training import checkpoints, methods
+
+if TYPE_CHECKING:
+    from slmops.training.trainer import Row
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a trainer, whichever engine it is, reports back."""
+
+    train_loss: float
+    validation_loss: float | None
+    loop_seconds: float
+    steps: int
+    history: list[dict[str, Any]]
+    trainable_parameters: int
+    peak_memory_bytes: int
+
+
+def train_with_olive(base: Path, train: Corpus, validation: Corpus, settings: FinetuneSettings, folder: Path) -> Run:
+    """Train with Olive's LoRA or QLoRA pass, on the same tokens and labels.
+
+    Raises:
+        InvalidInput: a setting that Olive's pass does not have.
+    """
+    from slmops import olive_backend
+    from slmops.training.trainer import validation_loss
+
+    run, optimizer, method = settings.run, settings.optimizer, settings.method
+    lacking = [name for name, given in (("resume", run.resume), ("precision bf16", run.precision == "bf16")) if given]
+    if lacking:
+        raise InvalidInput(f"engine olive: Olive's pass has no {', '.join(lacking)}", "leave it out, or use --engine peft")
+    rows, held_out = _pairs(train), _pairs(validation)
+    steps = total_steps(settings, len(rows))
+    done = olive_backend.train_adapter(
+        base,
+        rows,
+        folder,
+        quantized=method.method == "qlora",
+        rank=method.lora_rank,
+        alpha=method.lora_alpha or 2 * method.lora_rank,
+        dropout=method.lora_dropout,
+        target_modules=method.target_modules,
+        epochs=optimizer.epochs,
+        max_steps=steps,
+        batch_size=optimizer.batch_size,
+        gradient_accumulation=optimizer.gradient_accumulation,
+        learning_rate=optimizer.learning_rate or methods.default_learning_rate(hugging_face.parameter_count(base)),
+        schedule=optimizer.schedule,
+        warmup_steps=round(optimizer.warmup_share * steps),
+        weight_decay=optimizer.weight_decay,
+        max_gradient_norm=optimizer.max_gradient_norm,
+        seed=run.seed,
+    )
+    loss = None
+    if held_out:
+        adapted = hugging_face.load_adapted(base, folder, nf4=method.method == "qlora")
+        loss = validation_loss(adapted, held_out, 4 * optimizer.batch_size)
+    return Run(
+        train_loss=_last_train_loss(done.history),
+        validation_loss=loss,
+        loop_seconds=done.loop_seconds,
+        steps=done.steps,
+        history=done.history,
+        trainable_parameters=done.trainable_parameters,
+        peak_memory_bytes=done.peak_memory_bytes,
+    )
+
+
+def train_with_peft(base: Path, train: Corpus, validation: Corpus, settings: FinetuneSettings, folder: Path) -> Run:
+    """Train with our own trainer (`slmops.training.trainer`); keeps the adapter of the lowest validation loss."""
+    transformers = hugging_face.quiet_libraries()
+    from slmops.training.trainer import SupervisedTrainer, Watcher
+
+    transformers.set_seed(settings.run.seed)
+    model = methods.load_base(base, quantized=settings.method.method == "qlora", precision=settings.run.precision)
+    parameters = sum(p.numel() for p in model.parameters())
+    model = methods.attach_adapter(model, settings.method)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows, held_out = _pairs(train), _pairs(validation)
+    arguments, steps = training_arguments(settings, folder, len(rows), parameters, bool(held_out))
+    best = folder / "best.safetensors"
+    trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, lambda m: save_adapter_weights(m, best))
+    trainer.remove_callback(transformers.PrinterCallback)
+    checkpoint = checkpoints.latest(folder / checkpoints.FOLDER) if settings.run.resume else None
+    if checkpoint is not None:
+        trainer.best_loss = checkpoints.lowest_validation_loss(checkpoint) or math.inf
+    with progress.task("finetune", total=steps, unit="steps") as task:
+        trainer.add_callback(Watcher(task, train.tokens_total / max(1, len(trainer.order))))
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        if held_out and not _evaluated_last(trainer):
+            trainer.evaluate()
+        loop_seconds = time.perf_counter() - started
+    write_adapter(trainer.model, best if best.exists() else None, folder)
+    return Run(
+        train_loss=_last_train_loss(trainer.state.log_history),
+        validation_loss=trainer.best_loss if held_out else None,
+        loop_seconds=loop_seconds,
+        steps=trainer.state.global_step,
+        history=trainer.state.log_history,
+        trainable_parameters=trainable,
+        peak_memory_bytes=environment.peak_memory_bytes(),
+    )
+
+
+def training_arguments(settings: FinetuneSettings, folder: Path, rows: int, parameters: int, validates: bool) -> tuple[Any, int]:
+    """Return the Trainer's arguments and the number of optimizer steps."""
+    from transformers import TrainingArguments
+
+    optimizer, run = settings.optimizer, settings.run
+    steps = total_steps(settings, rows)
+    every = math.ceil(steps / run.evaluations)
+    arguments = TrainingArguments(
+        output_dir=str(folder / checkpoints.FOLDER),
+        max_steps=steps,
+        per_device_train_batch_size=optimizer.batch_size,
+        gradient_accumulation_steps=optimizer.gradient_accumulation,
+        learning_rate=optimizer.learning_rate or methods.default_learning_rate(parameters),
+        lr_scheduler_type=optimizer.schedule if optimizer.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=round(optimizer.warmup_share * steps),
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.max_gradient_norm,
+        seed=run.seed,
+        eval_strategy="steps" if validates else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=1,
+        logging_steps=max(1, steps // 100),
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+    return arguments, steps
+
+
+def total_steps(settings: FinetuneSettings, rows: int) -> int:
+    """Return the number of optimizer steps of a run."""
+    optimizer = settings.optimizer
+    per_epoch = math.ceil(math.ceil(rows / optimizer.batch_size) / optimizer.gradient_accumulation)
+    return optimizer.max_steps or max(1, round(per_epoch * optimizer.epochs))
+
+
+def save_adapter_weights(model: Any, path: Path) -> None:
+    """Write an adapter's tensors, as PEFT names them."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    save_file(state, path)
+    path.chmod(0o644)  # safetensors writes for the owner only
+
+
+def write_adapter(model: Any, best: Path | None, folder: Path) -> None:
+    """Write the PEFT folder with the best adapter of the run and remove what only the run needed."""
+    model.save_pretrained(folder, safe_serialization=True)
+    if best is not None:
+        best.replace(folder / "adapter_model.safetensors")
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+    shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)
+
+
+def _pairs(corpus: Corpus) -> list[Row]:
+    return [(list(sequence.ids), list(sequence.labels)) for sequence in corpus.sequences]
+
+
+def _evaluated_last(trainer: Any) -> bool:
+    return any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history)
+
+
+def _last_train_loss(history: list[dict[str, Any]]) -> float:
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    if not losses:
+        raise RunFailed("training made no step", "give more rows or more epochs")
+    tail = losses[-max(1, len(losses) // 20) :]
+    return float(sum(tail) / len(tail))
