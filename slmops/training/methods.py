@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from slmops import environment
 from slmops.config import MethodSettings
-from slmops.errors import InvalidInput, Unavailable
+from slmops.errors import BadArtifact, InvalidInput, Unavailable
 from slmops.runtime import hugging_face
 
 if TYPE_CHECKING:
@@ -61,14 +61,23 @@ def attach_adapter(model: nn.Module, settings: MethodSettings) -> nn.Module:
 
 def refuse_unknown_targets(model: nn.Module, targets: list[str]) -> None:
     """Raise InvalidInput when a target names no linear layer (PEFT stays silent when another of the list matches)."""
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features")}
+    # GPT-2's linear layers are transformers' Conv1D, which names its inputs `nx`.
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features") or hasattr(module, "nx")}
     unknown = [name for name in targets if name.rsplit(".", 1)[-1] not in linear]
     if unknown:
         raise InvalidInput(f"target_modules: this model has no linear layer {', '.join(unknown)}", f"it has {', '.join(sorted(linear))}")
 
 
 def refuse_unsupported(folder: Path) -> None:
-    """Refuse a model that is no causal language model before its weights are loaded."""
-    architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["(none named)"]
+    """Refuse a model that is no causal language model before its weights are loaded.
+
+    Raises:
+        Unavailable: another kind of model.
+        BadArtifact: its config cannot be read.
+    """
+    try:
+        architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or ["(none named)"]
+    except (ValueError, AttributeError) as error:
+        raise BadArtifact(f"{folder / 'config.json'} does not describe a model: {error}", "download or copy the model again") from None
     if not any("CausalLM" in name or "LMHead" in name for name in architectures):
         raise Unavailable(f"{folder} is a {architectures[0]}, and slmops fine-tunes causal language models", "give a ...ForCausalLM model")

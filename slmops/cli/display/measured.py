@@ -30,7 +30,9 @@ def verification(page: Page, document: Mapping[str, Any]) -> None:
     page.table(("stage", "status", "figures"), [_stage(stage) for stage in stages], status=1)
     page.text()
     failed = document.get("failed_stage")
-    if document.get("passed"):
+    if document.get("passed") and not document.get("conclusive", True):
+        page.heading("nothing failed, and not everything is proven: see `inconclusive` above", "bold yellow")
+    elif document.get("passed"):
         page.heading("verified: the package behaves as its PyTorch model does, within the bars above", "bold green")
     elif failed:
         page.heading(f"not verified: stage {failed} was not met", "bold red")
@@ -65,7 +67,8 @@ def bench(page: Page, document: Mapping[str, Any]) -> None:
     rows = [row for row in (_bench_row(*line, candidate, baseline, ratios) for line in _BENCH) if row]
     for name in {**(candidate.get("metrics") or {}), **(baseline.get("metrics") or {})}:
         sides = [estimate(_dict((side.get("metrics") or {}).get(name))) for side in (candidate, baseline)]
-        rows.append((name.replace("_", " "), *sides, estimate(_dict(ratios.get(name)), 3)))
+        difference = _dict((document.get("difference") or {}).get(name))
+        rows.append((name.replace("_", " "), *sides, f"difference {estimate(difference, 3)}" if difference else NONE))
     if not baseline:
         rows = [row[:2] for row in rows]
     page.table(("", "candidate", "baseline", "ratio")[: 4 if baseline else 2], rows, right=(1, 2, 3)[: 3 if baseline else 1])
