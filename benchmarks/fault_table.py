@@ -13,6 +13,8 @@ from tempfile import TemporaryDirectory
 
 from faults import Outcome, faults, make_road, outcome, planted
 
+HEADER = "| precision | fault | failed stage | exit | what verify says |\n| --- | --- | --- | --- | --- |"
+
 
 def main() -> int:
     """Plant, verify, print."""
@@ -26,7 +28,7 @@ def main() -> int:
     parser.add_argument("--precisions", nargs="+", default=["fp32", "int8", "int4"])
     given = parser.parse_args()
     training = {"prompt_template": given.prompt_template, "completion_template": given.completion_template, "max_rows": given.max_rows}
-    print("| precision | fault | failed stage | exit | what verify says |\n| --- | --- | --- | --- | --- |")
+    print(HEADER)
     missed = 0
     with TemporaryDirectory(prefix="slmops-faults-") as scratch:
         for precision in given.precisions:

@@ -160,6 +160,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+# Matrices of a model below this run no faster on two threads than on one: to wake and wait for the other costs as much as
+# it saves, and where other programs use the cores a thread that waits spins (20 times the processor time, measured).
+_ONE_THREAD_BYTES = 64 << 20
+
+
+def threads_for(weights_bytes: int) -> int:
+    """Return how many threads to run a model of that size with: one for a tiny model, else all cores that may be used."""
+    return 1 if weights_bytes < _ONE_THREAD_BYTES else usable_cores()
+
+
 def memory_bytes() -> tuple[int, int]:
     """Return (total, available) memory in bytes; (0, 0) where it cannot be read."""
     meminfo = Path("/proc/meminfo")

@@ -18,6 +18,7 @@ from slmops.benchmark.sides import Model, Side, Start
 from slmops.config import BenchSettings, flat, load
 from slmops.errors import InvalidInput
 from slmops.results import Estimate
+from slmops.runtime.loading import default_threads
 
 # Loading is measured in fresh processes: three of a side where that takes no longer than this, else one.
 _MOST_STARTS, _START_BUDGET_SECONDS = 3, 15.0
@@ -43,9 +44,10 @@ def bench(package: str | Path, *, config: Any = None, **overrides: Any) -> Bench
         raise InvalidInput(f"metric: {settings.metric} needs rows", "give them with --data")
     if settings.out is not None:
         artifact.refuse_occupied(settings.out, force=settings.force)
-    folder, threads = Path(package), settings.threads or environment.usable_cores()
+    folder = Path(package)
     found = subjects.check(folder)
     baseline, warnings = subjects.find_baseline(folder, found, settings.baseline)
+    threads = settings.threads or default_threads(baseline or folder)
     models = [Model("candidate", folder, threads)]
     if baseline is not None:
         subjects.check(baseline)

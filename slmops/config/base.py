@@ -62,7 +62,8 @@ def load(model: type[S], /, config: Path | str | Mapping[str, Any] | None = None
         InvalidInput: an unknown key, a value of the wrong type or out of bounds (all of them in one message).
     """
     values = dict(config) if isinstance(config, Mapping) else read_yaml(config) if config is not None else {}
-    values.update({name: value for name, value in overrides.items() if value is not None})
+    # Fields that may be a hub id as well as a path are text; a Path given for one means its text.
+    values.update({name: str(value) if isinstance(value, Path) else value for name, value in overrides.items() if value is not None})
     known = [name for name, _ in fields(model)]
     problems = [f"{key}: unknown setting{_nearest(key, known)}" for key in values if key not in known]
     flat = {key: value for key, value in values.items() if key in known}

@@ -53,6 +53,7 @@ class RunSettings(Settings):
     """How the run behaves."""
 
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "arithmetic of the frozen base (auto: fp32 on a CPU, bf16 on a GPU)")
+    threads: int | None = setting(None, "threads (default: one for a tiny model, else all cores)", ge=1)
     seed: int = setting(0, "seed of everything random: two runs on one machine give the same adapter", ge=0)
     evaluations: int = setting(4, "how often in the run validation is measured and the best adapter kept", ge=1)
     resume: bool = setting(False, "go on from the checkpoint of a run that was stopped")

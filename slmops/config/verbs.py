@@ -65,7 +65,7 @@ class VerifySettings(Settings):
     metric: Metric | None = setting(None, "task metric to compare as well")
     max_rows: int | None = setting(None, "use only the first N rows", ge=1)
     batch_size: int = setting(32, "rows computed together", ge=1)
-    threads: int | None = setting(None, "threads of both sides (default: all cores)", ge=1)
+    threads: int | None = setting(None, "threads of both sides (default: one for a tiny model, else all cores)", ge=1)
     kl_bar: float | None = setting(None, "highest mean KL divergence from PyTorch, in nats a token", gt=0)
     top1_bar: float | None = setting(None, "lowest share of tokens with the same most likely token", gt=0, le=1)
     nmse_bar: float | None = setting(None, "fp32: highest normalized mean square error of the logits", gt=0)
@@ -89,7 +89,7 @@ class EvaluateSettings(Settings):
     max_rows: int | None = setting(None, "use only the first N rows", ge=1)
     max_new_tokens: int | None = setting(None, "longest answer (default: the longest expected one + 8)", ge=1)
     batch_size: int = setting(32, "rows computed together", ge=1)
-    threads: int | None = setting(None, "threads (default: all cores)", ge=1)
+    threads: int | None = setting(None, "threads (default: one for a tiny model, else all cores)", ge=1)
     predictions: Path | None = setting(None, "where the answers go, as JSONL (default: beside the model, in MODEL.evaluations)")
 
 
@@ -104,7 +104,7 @@ class BenchSettings(Settings):
     prompt_tokens: int = setting(128, "length of the timed prompt", ge=1)
     new_tokens: int = setting(64, "length of the timed answer", ge=2)
     rounds: int = setting(7, "alternating rounds that count, after warm-up", ge=1)
-    threads: int | None = setting(None, "threads of both sides (default: all cores)", ge=1)
+    threads: int | None = setting(None, "threads of both sides (default: one for a tiny model, else all cores)", ge=1)
     out: Path | None = setting(None, "write the figures as a folder", flag="--out")
     force: bool = setting(False, "replace an output folder that slmops wrote")
 
@@ -118,7 +118,7 @@ class GenerateSettings(Settings):
     top_k: int = setting(0, "sample from so many most likely tokens (0: all)", ge=0)
     seed: int = setting(0, "seed of sampling", ge=0)
     raw: bool = setting(False, "give PROMPT to the model as it is, without the template")
-    threads: int | None = setting(None, "threads (default: all cores)", ge=1)
+    threads: int | None = setting(None, "threads (default: one for a tiny model, else all cores)", ge=1)
 
 
 class RunPipelineSettings(Settings):

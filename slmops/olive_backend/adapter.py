@@ -58,6 +58,7 @@ def train_adapter(
     weight_decay: float,
     max_gradient_norm: float,
     seed: int,
+    threads: int = 1,
 ) -> OliveRun:
     """Train an adapter with Olive and write its PEFT files into `folder`; beside it, a work folder lives meanwhile.
 
@@ -80,6 +81,7 @@ def train_adapter(
         weight_decay: of AdamW.
         max_gradient_norm: gradients are clipped to it.
         seed: of the adapter's initial weights, the dropout and the order of rows.
+        threads: of its operators.
 
     Raises:
         InvalidInput: a setting that Olive's pass cannot honour, or no rows.
@@ -110,11 +112,11 @@ def train_adapter(
         seed=seed,
     )
     layers = linear_layers(base)
-    return _run(base, rows, folder, recipe, layers, choose_targets(layers, target_modules, quantized=quantized))
+    return _run(base, rows, folder, recipe, layers, choose_targets(layers, target_modules, quantized=quantized), threads)
 
 
 def _run(
-    base: Path, rows: list[tuple[list[int], list[int]]], folder: Path, recipe: Recipe, layers: list[str], targets: list[str]
+    base: Path, rows: list[tuple[list[int], list[int]]], folder: Path, recipe: Recipe, layers: list[str], targets: list[str], threads: int
 ) -> OliveRun:
     cuda = environment.require("torch", "to train").cuda.is_available()
     base, parent = base.resolve(), folder.resolve().parent
@@ -130,7 +132,7 @@ def _run(
         (work / "workflow.json").write_text(json.dumps(workflow, indent=2), encoding="utf-8")
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            outcome = execute(work, recipe.steps(len(rows)), cuda=cuda)
+            outcome = execute(work, recipe.steps(len(rows)), cuda=cuda, threads=threads)
             parameters = _check_layers(outcome.adapter, adapted(layers, targets))
         except RunFailed as error:
             if (work / "olive.log").is_file():

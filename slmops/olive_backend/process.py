@@ -36,13 +36,14 @@ class Outcome:
     peak_memory_bytes: int
 
 
-def execute(work: Path, steps: int, *, cuda: bool) -> Outcome:
+def execute(work: Path, steps: int, *, cuda: bool, threads: int) -> Outcome:
     """Run the workflow that lies in `work`.
 
     Args:
         work: folder with `workflow.json`; Olive's cache, log and output go there too.
         steps: how many optimizer steps it must make.
         cuda: let it see the GPUs.
+        threads: of its operators.
 
     Raises:
         RunFailed: Olive failed, made no model, stopped early, or its loss is not finite.
@@ -54,7 +55,7 @@ def execute(work: Path, steps: int, *, cuda: bool) -> Outcome:
         process = subprocess.Popen(
             command,
             cwd=work,
-            env=child_environment(work, cuda=cuda),
+            env=child_environment(work, cuda=cuda, threads=threads),
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -69,9 +70,8 @@ def execute(work: Path, steps: int, *, cuda: bool) -> Outcome:
     return judge(work, process.returncode, history, steps)
 
 
-def child_environment(work: Path, *, cuda: bool) -> dict[str, str]:
-    """Return the environment of Olive's process: caches of its own, no telemetry, no network, all usable cores."""
-    cores = str(environment.usable_cores())
+def child_environment(work: Path, *, cuda: bool, threads: int) -> dict[str, str]:
+    """Return the environment of Olive's process: caches of its own, no telemetry, no network."""
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     extra = {
         **environment.NO_TELEMETRY,
@@ -79,7 +79,7 @@ def child_environment(work: Path, *, cuda: bool) -> dict[str, str]:
         "HF_DATASETS_CACHE": str(work / "cached_rows"),
         "TMPDIR": str(work / "tmp"),
         "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", cores),
+        "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": path,
     }
     return {**os.environ, **extra} if cuda else {**os.environ, **extra, "CUDA_VISIBLE_DEVICES": ""}

@@ -48,7 +48,7 @@ def open_model(folder: Path | str, *, threads: int | None = None, base_only: boo
 
     Args:
         folder: of an export, a model or an adapter (base and adapter are loaded, unmerged).
-        threads: of the engine; None: all cores that may be used.
+        threads: of the engine; None: by the size of the weights (`default_threads`).
         base_only: of an adapter, its base alone, with the adapter's interface.
         precision: of a PyTorch model: fp32 or bf16.
 
@@ -70,8 +70,20 @@ def open_runner(folder: Path | str, *, threads: int | None = None, base_only: bo
     found = artifact.find(folder)
     if found is not None:
         artifact.check(found)
-    count = threads or environment.usable_cores()
+    count = threads or default_threads(folder)
     return _genai(folder, count) if kind == "export" else _torch(folder, kind, found, count, base_only, precision)
+
+
+def default_threads(folder: Path) -> int:
+    """Return how many threads a folder's model runs with unless somebody says otherwise."""
+    kind = kind_of(folder)
+    place = folder
+    if kind == "adapter":
+        from slmops.runtime import hugging_face
+
+        place = hugging_face.find_base(folder, artifact.find(folder), hugging_face.read_adapter_config(folder))
+    files = place.glob("*.data" if kind == "export" else "*.safetensors")
+    return environment.threads_for(sum(file.stat().st_size for file in files))
 
 
 def interface_of(folder: Path, found: Artifact | None) -> Interface:

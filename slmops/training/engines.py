@@ -13,7 +13,7 @@ from slmops import environment, progress
 from slmops.config import FinetuneSettings
 from slmops.data import Corpus
 from slmops.errors import InvalidInput, RunFailed
-from slmops.runtime import hugging_face
+from slmops.runtime import hugging_face, loading
 from slmops.training import checkpoints, methods
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def train_with_olive(base: Path, train: Corpus, validation: Corpus, settings: Fi
         weight_decay=optimizer.weight_decay,
         max_gradient_norm=optimizer.max_gradient_norm,
         seed=run.seed,
+        threads=run.threads or loading.default_threads(base),
     )
     loss = None
     if held_out:
@@ -88,6 +89,7 @@ def train_with_peft(base: Path, train: Corpus, validation: Corpus, settings: Fin
     transformers = hugging_face.quiet_libraries()
     from slmops.training.trainer import SupervisedTrainer, Watcher
 
+    environment.require("torch", "to train").set_num_threads(settings.run.threads or loading.default_threads(base))
     transformers.set_seed(settings.run.seed)
     model = methods.load_base(base, quantized=settings.method.method == "qlora", precision=settings.run.precision)
     parameters = sum(p.numel() for p in model.parameters())

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from slmops import artifact, environment
+from slmops import artifact
 from slmops.artifact import Artifact
 from slmops.config import VerifySettings
 from slmops.data import Corpus, Interface, Row, Tokenizer, encode_rows, read_rows, row_format_of
@@ -36,14 +36,20 @@ class Subject:
     settings: VerifySettings
 
     @property
+    def lost_base(self) -> str | None:
+        """Where the model before the fine-tune was, if the lineage names one and it is no longer there."""
+        recorded = self.baseline_found.manifest.input("base") if self.baseline_found is not None else None
+        return recorded.path if recorded is not None and self.base is None else None
+
+    @property
     def threads(self) -> int:
         """Threads of both sides."""
-        return self.settings.threads or environment.usable_cores()
+        return self.settings.threads or loading.default_threads(self.baseline)
 
     @cached_property
     def interface(self) -> Interface:
-        """How text goes into the package and out of it."""
-        return loading.interface_of(self.package, self.found)
+        """How text goes into the package and out of it; a folder of somebody else's states nothing, and is asked as its baseline is."""
+        return loading.interface_of(self.package, self.found) if self.found is not None else self.baseline_interface
 
     @cached_property
     def baseline_interface(self) -> Interface:
@@ -83,6 +89,8 @@ class Subject:
     @cached_property
     def corpus(self) -> Corpus:
         """The held-out rows as tokens, by the baseline's interface, bounded by what the package can hold; shortest first."""
+        if not self.rows:
+            return Corpus.empty()
         limit = min(self.baseline_interface.max_length_tokens, self.candidate.max_length_tokens)
         corpus = encode_rows(self.rows, self.tokenizer, self.baseline_interface.model_copy(update={"max_length_tokens": limit}))
         corpus.sequences.sort(key=lambda sequence: len(sequence.ids))
@@ -119,9 +127,7 @@ def find_subject(package: Path, found: Artifact | None, settings: VerifySettings
     """
     baseline = _baseline(package, found, settings.baseline)
     baseline_found = artifact.find(baseline)
-    base = Path(settings.base) if settings.base else baseline_found.find("base") if baseline_found is not None else None
-    if base is not None and not base.is_dir():
-        raise BadArtifact(f"no such folder: {base}", "give the model before the fine-tune with --base")
+    base = _base(baseline_found, settings.base)
     rows, source = _rows(settings, baseline, baseline_found)
     return Subject(package, found, baseline, baseline_found, base, rows, source, settings)
 
@@ -142,6 +148,19 @@ def _baseline(package: Path, found: Artifact | None, given: str | None) -> Path:
             f"{place} is not the model that {package} was exported from: its hash differs",
             "export it again, or give the model with --baseline",
         )
+    return place
+
+
+def _base(baseline_found: Artifact | None, given: str | None) -> Path | None:
+    """Return the model before the fine-tune, seen to be the one of the lineage; None where it is unknown or gone."""
+    if given:
+        if not Path(given).is_dir():
+            raise BadArtifact(f"no such folder: {given}", "give the model before the fine-tune with --base")
+        return Path(given)
+    recorded = baseline_found.manifest.input("base") if baseline_found is not None else None
+    place = baseline_found.find("base") if baseline_found is not None else None
+    if place is not None and recorded is not None and artifact.fingerprint(place) != recorded.sha256:
+        raise BadArtifact(f"{place} is not the model that was fine-tuned: its hash differs", "give that model with --base")
     return place
 
 

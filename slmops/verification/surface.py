@@ -71,9 +71,12 @@ def check_template(subject: Subject) -> Stage:
             return Stage(
                 "template", "fail", f"{differing} of {len(rows)} prompts become other tokens in the package", figures, {"changed": 0}
             )
-    return Stage(
-        "template", "pass", f"templates and BOS rule are the baseline's; {figures['prompts']} prompts are the same", figures, {"changed": 0}
+    stated = (
+        "templates and BOS rule are the baseline's"
+        if subject.found is not None
+        else "the folder states no templates: it is asked by the baseline's"
     )
+    return Stage("template", "pass", f"{stated}; {figures['prompts']} prompts are the same", figures, {"changed": 0})
 
 
 def check_stop_tokens(subject: Subject) -> Stage:

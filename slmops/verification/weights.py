@@ -22,6 +22,7 @@ from slmops.graph.rewriting import FULL, MAIN
 from slmops.runtime.hugging_face import parameter_shapes
 from slmops.verification.stages import Stage, Verdict, within
 from slmops.verification.subject import Subject
+from slmops.verification.texts import PROBES
 
 _LAYER_BAND = 0.2
 _NOISE_WIDTHS = 3
@@ -55,12 +56,13 @@ def check_graph(subject: Subject) -> Stage:
 
 def _last_token_problems(subject: Subject) -> list[str]:
     """The graph that ships gives the last token's logits; they must be those of its twin, which the proof uses."""
-    if not ((subject.package / FULL).is_file() and (subject.package / MAIN).is_file()) or not subject.corpus.sequences:
+    if not ((subject.package / FULL).is_file() and (subject.package / MAIN).is_file()):
         return []
     from slmops.runtime.decoder import Cache
 
     main, full = subject.candidate.shipped, subject.candidate
-    rows = [sequence.ids for sequence in subject.corpus.sequences[:: max(1, len(subject.corpus.sequences) // 4)][:4]]
+    sequences = [sequence.ids for sequence in subject.corpus.sequences] or [subject.tokenizer.encode(text) for text in PROBES[4:8]]
+    rows = [ids[: full.max_length_tokens] for ids in sequences[:: max(1, len(sequences) // 4)][:4]]
     largest = 0.0
     for row, expected in zip(rows, full.logits(rows), strict=True):
         found = main.run(np.array([row]), np.array([len(row)]), Cache(main, 1, len(row)).arrays)[0, -1]
