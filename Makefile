@@ -40,7 +40,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix slmops tests benchmarks
 
 docs: $(VENV)/installed-dev
-	$(BIN)/python -m slmops.cli.reference
+	$(BIN)/python -m slmops.cli.reference > docs/commands.md
 
 clean:
 	rm -rf $(VENV) slmops-quickstart

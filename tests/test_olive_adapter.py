@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from slmops import environment, progress
+from slmops import progress
 from slmops.errors import InvalidInput, RunFailed, Unavailable
 
 pytest.importorskip("olive", reason="needs the extra slmops[olive]")
