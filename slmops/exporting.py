@@ -36,7 +36,6 @@ class Shape:
     architecture: str
     head_dim: int
     positions: int
-    float32_bytes: int
 
 
 def export(model: str | Path, *, out: str | Path, config: Any = None, **overrides: Any) -> Artifact:
@@ -83,49 +82,43 @@ def preflight(model: Path, out: Path, settings: ExportSettings) -> Shape:
         RunFailed: too little memory or disk.
     """
     shape = read_shape(model)
-    if shape.architecture not in targets.ARCHITECTURES:
-        raise Unavailable(
-            f"{shape.architecture} has no ONNX builder: it can be fine-tuned, merged and evaluated in PyTorch, not exported",
-            f"architectures that export: {', '.join(sorted(targets.ARCHITECTURES))}",
-        )
     if shape.head_dim % _HEAD_DIM_MULTIPLE:
         raise Unavailable(
             f"head_dim is {shape.head_dim}, and onnxruntime's attention with rotary embeddings runs multiples of {_HEAD_DIM_MULTIPLE} only",
             f"take a base whose hidden_size / num_attention_heads is a multiple of {_HEAD_DIM_MULTIPLE}; this one still fine-tunes, merges and evaluates in PyTorch",
         )
-    needed, (_, available) = round(_MEMORY_FACTOR * shape.float32_bytes), environment.memory_bytes()
+    float32_bytes = 4 * hugging_face.parameter_count(model)
+    needed, (_, available) = round(_MEMORY_FACTOR * float32_bytes), environment.memory_bytes()
     if available and needed > available:
         raise RunFailed(
             f"the export needs about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available",
             "close other programs or use a larger machine",
         )
-    environment.need_disk(out.parent, 2 * shape.float32_bytes, "the export")
+    environment.need_disk(out.parent, 2 * float32_bytes, "the export")
     return shape
 
 
 def read_shape(model: Path) -> Shape:
-    """Read what preflight needs from `config.json` and the weights' headers.
+    """Read what preflight needs from `config.json`.
 
     Raises:
+        Unavailable: the builder does not know the architecture.
         BadArtifact: the config is broken.
     """
+    path = model / "config.json"
     try:
-        content = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        architecture = str(content["architectures"][0])
+        if architecture not in targets.ARCHITECTURES:  # first: the config of another family may lack all of the fields below
+            raise Unavailable(
+                f"{architecture} has no ONNX builder: it can be fine-tuned, merged and evaluated in PyTorch, not exported",
+                f"architectures that export: {', '.join(sorted(targets.ARCHITECTURES))}",
+            )
         text = content.get("text_config", content)
-        heads = int(text["num_attention_heads"])
-        head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
-        architecture = content["architectures"][0]
-        positions = int(text.get("max_position_embeddings") or _DEFAULT_MAX_LENGTH)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        name = (
-            (json.loads((model / "config.json").read_text()) or {}).get("architectures", ["an unknown architecture"])[0]
-            if isinstance(error, KeyError)
-            else ""
-        )
-        if name and name not in targets.ARCHITECTURES:
-            return Shape(name, _HEAD_DIM_MULTIPLE, _DEFAULT_MAX_LENGTH, 0)
-        raise BadArtifact(f"{model / 'config.json'} does not describe a decoder ({error})", "give a ...ForCausalLM model") from error
-    return Shape(architecture, head_dim, positions, 4 * hugging_face.parameter_count(model))
+        head_dim = int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
+        return Shape(architecture, head_dim, int(text.get("max_position_embeddings") or _DEFAULT_MAX_LENGTH))
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise BadArtifact(f"{path} does not describe a decoder ({error!r})", "give a ...ForCausalLM model") from None
 
 
 def _export_adapter(adapter: Path, out: Path, settings: ExportSettings) -> Artifact:
@@ -206,12 +199,17 @@ def _run_once(folder: Path, interface: Interface) -> None:
     """Generate a few tokens with the runtime, so that `executed` is true.
 
     Raises:
-        RunFailed: the runtime refuses the graph.
+        Unavailable: the runtime cannot run the graph.
     """
     from slmops.runtime.genai_runner import GenaiRunner
 
     runner = GenaiRunner(folder, threads=environment.usable_cores())
     try:
         runner.time([interface.bos_token_id or 0, 1, 2], new_tokens=2)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise Unavailable(
+            f"the graph was built, and onnxruntime cannot run it: {reason}", "take a model of another architecture or shape"
+        ) from error
     finally:
         runner.close()

@@ -13,8 +13,8 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from fault_table import HEADER, line  # noqa: E402
-from faults import FAULTS, Fault, Road, faults, make_road, outcome, planted  # noqa: E402
+from fault_table import HEADER, line  # noqa: E402  # pyright: ignore[reportMissingImports]
+from faults import FAULTS, Fault, Road, faults, make_road, outcome, planted  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 pytestmark = pytest.mark.slow
 

@@ -251,7 +251,8 @@ def test_a_tied_embedding_reads_the_rows_of_the_quantized_head(scheme: Scheme) -
     np.testing.assert_array_equal(weights(model, table), expected)
     ids = np.array([[0, 3, 39, 17]], np.int64)
     running = ort.InferenceSession(onnx_ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-    logits, hidden = running.run(["logits", "hidden"], {"input_ids": ids})
+    outputs: Any = running.run(["logits", "hidden"], {"input_ids": ids})
+    logits, hidden = outputs
     np.testing.assert_array_equal(hidden[0], expected[ids[0]])
     # MatMulNBits rounds its activations to 8 bits, a block at a time.
     assert nmse(logits[0], expected[ids[0]] @ expected.T) < 1e-3
@@ -304,6 +305,14 @@ def test_positions_are_bounded_where_the_angles_allow_it(tmp_path: Path, rope: d
     assert json.loads((source / "config.json").read_text())["max_position_embeddings"] == 32768
 
 
+@pytest.mark.slow
+def test_a_shorter_phi3_is_not_taken_for_one_of_long_rope(tmp_path: Path) -> None:
+    """The builder compares max_position_embeddings with the original ones; both are bounded together."""
+    source = make_other(tmp_path / "model", "Phi3", original_max_position_embeddings=128)
+    made = make_export(tmp_path / "export", source, "fp32", max_length_tokens=64)
+    assert nmse(graph_logits(made)[0], torch_logits(source)) <= 1e-10
+
+
 # The real builder --------------------------------------------------------------------------------------------------
 
 _SHAPE = {
@@ -340,7 +349,7 @@ _MODELS = {
     "llama untied": lambda folder: make_model(folder, tie_word_embeddings=False),
     "qwen2 biases": lambda folder: make_other(folder, "Qwen2"),
     "qwen3 norms": lambda folder: make_other(folder, "Qwen3", head_dim=32, tie_word_embeddings=True),
-    "phi3 fused": lambda folder: make_other(folder, "Phi3"),
+    "phi3 fused": lambda folder: make_other(folder, "Phi3", original_max_position_embeddings=128),
 }
 
 
@@ -399,7 +408,7 @@ def test_a_built_graph_computes_what_pytorch_computes(model: Path, tmp_path: Pat
 
 
 def _shapes(model: Path) -> dict[str, tuple[int, ...]]:
-    from slmops.verification.weights import parameter_shapes
+    from slmops.runtime.hugging_face import parameter_shapes
 
     return parameter_shapes(model)
 

@@ -152,7 +152,7 @@ def test_padding_changes_neither_loss_nor_gradients(base: Path, tmp_path: Path) 
     together = loss_of(trainer, collate(rows))
     together.backward()
     ours = gradients(trainer.model)
-    alone = sum(loss_of(trainer, collate([row])) for row in rows)
+    alone: Any = sum(loss_of(trainer, collate([row])) for row in rows)
     alone.backward()
     assert float(together) == pytest.approx(float(alone), abs=1e-5 * float(alone))
     assert all("lora_" in name for name in ours), "the base is frozen"
@@ -337,7 +337,7 @@ def interrupted(at: int, base: Path, rows: Path, out: Path, **overrides: Any) ->
 @pytest.mark.parametrize("at", [5, 7, 11])
 def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(base: Path, rows: Path, tmp_path: Path, at: int) -> None:
     """Checkpoints lie at steps 3, 6 and 9 of 12, six epochs of two steps, dropout drawn all along."""
-    settings = {"max_steps": 12, "lora_dropout": 0.1}
+    settings: dict[str, Any] = {"max_steps": 12, "lora_dropout": 0.1}
     whole = finetune(base, rows, tmp_path / "whole", **settings)
     interrupted(at, base, rows, tmp_path / "out", **settings)
     resumed = finetune(base, rows, tmp_path / "out", resume=True, **settings)
@@ -350,7 +350,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(base: Path, rows: Pa
 def test_a_resume_goes_on_in_the_middle_of_an_epoch(base: Path, tmp_path: Path) -> None:
     """Eight steps an epoch, a checkpoint after three: the five batches that are left have to be those of that epoch."""
     file = write_rows(tmp_path / "rows.jsonl", ROWS * 2)
-    settings = {"batch_size": 2, "max_steps": 12}
+    settings: dict[str, Any] = {"batch_size": 2, "max_steps": 12}
     whole = finetune(base, file, tmp_path / "whole", **settings)
     interrupted(5, base, file, tmp_path / "out", **settings)
     resumed = finetune(base, file, tmp_path / "out", resume=True, **settings)
@@ -361,7 +361,7 @@ def test_a_resume_keeps_an_older_better_adapter(tmp_path: Path, rows: Path) -> N
     """Validation was best before the stop: what comes after it must not replace the adapter of then."""
     learned = make_model(tmp_path / "base", learned=ROWS)
     wrong = write_rows(tmp_path / "wrong.jsonl", [row | {"intent": "lamp"} for row in ROWS])
-    settings = {"validation": rows, "max_steps": 12, "learning_rate": 2e-2}
+    settings: dict[str, Any] = {"validation": rows, "max_steps": 12, "learning_rate": 2e-2}
     whole = finetune(learned, wrong, tmp_path / "whole", **settings)
     interrupted(8, learned, wrong, tmp_path / "out", **settings)
     resumed = finetune(learned, wrong, tmp_path / "out", resume=True, **settings)
@@ -408,7 +408,15 @@ def make_gpt2(folder: Path) -> Path:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    shape = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}
+    shape: dict[str, Any] = {
+        "vocab_size": 320,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(folder)
     return make_tokenizer(folder)
 
@@ -455,6 +463,7 @@ def test_what_is_no_causal_language_model_is_refused_before_weights_are_loaded(r
         ("no config", BadArtifact, "no config.json"),
         ("gone", BadArtifact, "no such model folder"),
         ("broken config", BadArtifact, "config.json"),
+        ("garbage", BadArtifact, "cannot be loaded|cannot be read"),
         ("lacks a weight", BadArtifact, "lacks 1 weights, such as model.norm.weight"),
     ],
 )
@@ -475,6 +484,8 @@ def test_bad_model_folders(base: Path, rows: Path, tmp_path: Path, change: str, 
         (model / "config.json").unlink()
     if change == "broken config":
         (model / "config.json").write_text("{not json")
+    if change == "garbage":
+        weights.write_bytes(b"these are no weights")
     if change == "lacks a weight":
         save_file({name: tensor for name, tensor in load_file(weights).items() if name != "model.norm.weight"}, weights, {"format": "pt"})
     with pytest.raises(error, match=text) as caught:

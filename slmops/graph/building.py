@@ -70,6 +70,8 @@ def bounded_copy(model: Path, place: Path, context_tokens: int) -> Path:
     positions = config.get("max_position_embeddings")
     if kind == "default" and isinstance(positions, int) and positions > context_tokens:
         config["max_position_embeddings"] = context_tokens
+        if config.get("original_max_position_embeddings") == positions:  # where they differ the builder takes Phi3 for one of long RoPE
+            config["original_max_position_embeddings"] = context_tokens
     (place / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return place
 

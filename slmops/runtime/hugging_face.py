@@ -50,7 +50,7 @@ def load_model(folder: Path, *, precision: str = "fp32", nf4: bool = False, devi
     except (ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise Unavailable(f"transformers cannot load {folder}: {reason}", "give a ...ForCausalLM model that transformers knows") from error
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, environment.require("safetensors", "to read weights").SafetensorError) as error:
         raise BadArtifact(
             f"{folder} cannot be loaded: {' '.join(str(error).split())[:200]}", "download or convert the model again"
         ) from error
@@ -61,12 +61,19 @@ def load_model(folder: Path, *, precision: str = "fp32", nf4: bool = False, devi
 
 
 def parameter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter of a Hugging Face folder, from the headers of its safetensors: no weight is read."""
+    """Return the shape of each parameter of a Hugging Face folder, from the headers of its safetensors: no weight is read.
+
+    Raises:
+        BadArtifact: a file is damaged.
+    """
     safetensors = environment.require("safetensors", "to read weights")
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safetensors.safe_open(file, framework="np") as stored:
-            shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+        try:
+            with safetensors.safe_open(file, framework="np") as stored:
+                shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+        except safetensors.SafetensorError as error:
+            raise BadArtifact(f"{file} cannot be read: {error}", "download or convert the model again") from error
     return shapes
 
 
@@ -150,19 +157,25 @@ def load_adapted(base: Path, adapter: Path, *, precision: str = "fp32", nf4: boo
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadArtifact(f"{adapter} does not fit {base}: {reason}", "give the base that it was trained on with --base") from error
-    refuse_unused(adapted, adapter)
+    refuse_misfits(adapted, adapter)
     return adapted.eval()
 
 
-def refuse_unused(adapted: Any, adapter: Path) -> None:
-    """Raise BadArtifact where PEFT loaded tensors into nothing: it says no word, and the adapter has no effect."""
+def refuse_misfits(adapted: Any, adapter: Path) -> None:
+    """Raise BadArtifact where PEFT loaded tensors into nothing, or found none for a place: it says no word either way.
+
+    What has no place has no effect, and a place without its tensors keeps an adapter of zero.
+    """
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as stored:
         names = set(stored.keys())
-    lost = sorted(names - set(get_peft_model_state_dict(adapted)))
+    places = set(get_peft_model_state_dict(adapted))
+    lost, empty = sorted(names - places), sorted(places - names)
     if lost:
         raise BadArtifact(
             f"{adapter}: {len(lost)} tensors have no place in this base, such as {lost[0]}", "give the base that it was trained on"
         )
+    if empty:
+        raise BadArtifact(f"{adapter} lacks {len(empty)} of its tensors, such as {empty[0]}", "copy the adapter again, or train it again")

@@ -1,0 +1,239 @@
+"""What cannot run is refused before any weight is loaded; what is written says how long it may be and where it stops."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import ROWS, TEMPLATES, make_adapter, make_export, make_model, make_tokenizer, write_rows
+
+import slmops
+from slmops import artifact
+from slmops.data import Interface
+from slmops.errors import BadArtifact, InvalidInput, RunFailed, SlmopsError, Unavailable
+from slmops.exporting import read_shape
+from slmops.runtime.hugging_face import parameter_count
+
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 128,
+    "vocab_size": 320,
+}
+
+
+def config_only(folder: Path, weights: bytes = b"these are no weights", **config: Any) -> Path:
+    """Write a model folder whose weights cannot be loaded: whatever is refused by its config never looked at them."""
+    make_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(_LLAMA | config))
+    (folder / "model.safetensors").write_bytes(weights)
+    return folder
+
+
+def refused(source: Path, out: Path, error: type[SlmopsError], text: str, **settings: Any) -> SlmopsError:
+    with pytest.raises(error, match=text) as caught:
+        slmops.export(source, out=out, **settings)
+    assert caught.value.hint
+    assert "\n" not in caught.value.message + caught.value.hint
+    assert not out.exists()
+    assert not artifact.partial_folder(out).exists()
+    return caught.value
+
+
+def test_stories260k_is_refused_for_its_head_dim(shared: Path, tmp_path: Path) -> None:
+    error = refused(shared / "models/stories260k", tmp_path / "out", Unavailable, "head_dim is 8")
+    assert error.exit_code == 3
+    assert "hidden_size / num_attention_heads" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"num_attention_heads": 8}, "head_dim is 8"),
+        ({"head_dim": 24}, "head_dim is 24"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": ["OPTForCausalLM"]}, "OPTForCausalLM has no ONNX builder"),
+        ({"architectures": ["T5ForConditionalGeneration"], "num_attention_heads": None}, "T5ForConditionalGeneration"),
+    ],
+)
+def test_a_shape_that_cannot_run_is_refused_before_weights_are_read(tmp_path: Path, config: dict[str, Any], text: str) -> None:
+    assert refused(config_only(tmp_path / "model", **config), tmp_path / "out", Unavailable, text).exit_code == 3
+
+
+def test_t5_and_gpt2_configs_as_they_are(tmp_path: Path) -> None:
+    """Their configs lack the fields of a Llama's, and the name is still what they are refused by."""
+    for name in ("T5ForConditionalGeneration", "GPT2LMHeadModel", "FalconForCausalLM"):
+        model = tmp_path / name
+        make_tokenizer(model)
+        (model / "config.json").write_text(json.dumps({"architectures": [name], "n_embd": 32}))
+        (model / "model.safetensors").write_bytes(b"garbage")
+        assert refused(model, tmp_path / "out", Unavailable, name).exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ("{not json", "config.json"),
+        ("[]", "config.json"),
+        (json.dumps(_LLAMA | {"architectures": None}), "config.json"),
+        (json.dumps({"architectures": ["LlamaForCausalLM"]}), "hidden_size"),
+    ],
+    ids=["broken", "a list", "no architecture", "no heads"],
+)
+def test_a_config_that_describes_no_decoder_is_refused(tmp_path: Path, config: str, text: str) -> None:
+    model = config_only(tmp_path / "model")
+    (model / "config.json").write_text(config)
+    assert refused(model, tmp_path / "out", BadArtifact, text).exit_code == 4
+
+
+def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
+    error = refused(config_only(tmp_path / "model"), tmp_path / "out", BadArtifact, "model.safetensors")
+    assert error.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"precision": "fp16"}, Unavailable, "no fp16 kernels"),
+        ({"precision": "bf16"}, Unavailable, "no bf16 kernels"),
+        ({"device": "npu"}, Unavailable, "npu"),
+        ({"precision": "int3"}, InvalidInput, "precision"),
+        ({"precision": "fp32", "block_size": 32}, InvalidInput, "no blocks"),
+        ({"block_size": 48}, InvalidInput, "48 is none of"),
+        ({"max_length_tokens": 4}, InvalidInput, "max_length_tokens"),
+    ],
+    ids=str,
+)
+def test_settings_that_no_target_has(tmp_path: Path, settings: dict[str, Any], error: type[SlmopsError], text: str) -> None:
+    refused(config_only(tmp_path / "model"), tmp_path / "out", error, text, **settings)
+
+
+def hollow_weights(path: Path, parameters: int) -> None:
+    """Write a safetensors file of any size that takes no disk: a header, and a hole."""
+    header = json.dumps({"model.weight": {"dtype": "F32", "shape": [parameters], "data_offsets": [0, 4 * parameters]}}).encode()
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(header)) + header)
+        stream.truncate(8 + len(header) + 4 * parameters)
+
+
+def test_too_little_memory_is_said_before_work_begins(tmp_path: Path) -> None:
+    model = config_only(tmp_path / "model")
+    hollow_weights(model / "model.safetensors", 100_000_000_000)
+    error = refused(model, tmp_path / "out", RunFailed, "needs about 1000.0 GB of memory")
+    assert error.exit_code == 1
+
+
+def test_too_little_disk_is_said_before_work_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    model = config_only(tmp_path / "model")
+    hollow_weights(model / "model.safetensors", 1_000_000)
+    error = refused(model, tmp_path / "out", RunFailed, r"needs about 0\.01 GB on disk at .*, and 0\.00 GB are free")
+    assert error.exit_code == 1
+
+
+def test_an_occupied_output_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    for settings in ({}, {"force": True}):
+        with pytest.raises(BadArtifact, match="not empty") as caught:
+            slmops.export(config_only(tmp_path / "model"), out=out, **settings)
+        assert caught.value.exit_code == 4
+    assert (out / "mine.txt").read_text() == "keep"
+
+
+def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
+    with artifact.create(tmp_path / "evaluation", kind="evaluation", command="evaluate") as draft:
+        (draft.folder / "predictions.jsonl").write_text("{}")
+    assert refused(tmp_path / "evaluation", tmp_path / "out", BadArtifact, "is an evaluation, and a model is needed").exit_code == 4
+    assert refused(tmp_path / "gone", tmp_path / "out", BadArtifact, "no such model folder").exit_code == 4
+
+
+def test_the_shape_is_read_off_config_and_headers(tmp_path: Path) -> None:
+    shape = read_shape(make_model(tmp_path / "model"))
+    assert (shape.architecture, shape.head_dim, shape.positions) == ("LlamaForCausalLM", 16, 128)
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64
+    assert parameter_count(tmp_path / "model") == 320 * 64 + 2 * layer + 64
+
+
+# Real exports ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_length_and_stop_tokens_are_stored_where_each_reader_looks(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    rows = write_rows(tmp_path / "rows.jsonl")
+    slmops.finetune(base, rows, out=tmp_path / "adapter", validation=rows, max_steps=1, stop_token="<s>", **TEMPLATES)
+    merged = slmops.merge(tmp_path / "adapter", out=tmp_path / "merged")
+    made = slmops.export(merged.path, out=tmp_path / "int4", max_length_tokens=96)
+    config = json.loads((made.path / "genai_config.json").read_text())
+    interface = Interface.model_validate(made.manifest.interface)
+    assert interface.stop_token_ids == (1,), "as it was trained, not the model's own 2"
+    assert config["model"]["eos_token_id"] == 1
+    assert config["model"]["context_length"] == config["search"]["max_length"] == 96
+    assert interface.max_length_tokens == made.manifest.facts["max_length_tokens"] == 96
+    assert interface.prompt_template == TEMPLATES["prompt_template"]
+    assert made.find("baseline") == merged.path
+    facts = made.manifest.facts
+    sizes = sum((made.path / name).stat().st_size for name in ("model.onnx", "model_full.onnx", "model.onnx.data"))
+    assert facts["size_bytes"] == sizes
+    assert (facts["precision"], facts["level"], facts["recipe"]["id"]) == ("int4", "executed", "cpu-int4")
+    assert not made.manifest.warnings
+    bounded = slmops.export(merged.path, out=tmp_path / "long", precision="fp32", max_length_tokens=4096)
+    assert json.loads((bounded.path / "genai_config.json").read_text())["search"]["max_length"] == 128
+    assert any("4096 is more than the model's 128 positions" in warning for warning in bounded.manifest.warnings)
+
+
+@pytest.mark.slow
+def test_an_adapter_is_merged_beside_its_export(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    made = slmops.export(adapter, out=tmp_path / "fp32", precision="fp32")
+    assert made.find("baseline") == tmp_path / "fp32.merged"
+    assert artifact.load(tmp_path / "fp32.merged").manifest.kind == "model"
+    result = slmops.verify(made.path, threads=1, data=write_rows(tmp_path / "rows.jsonl", [{"text": row["text"] * 3} for row in ROWS]))
+    assert {stage.name: stage.status for stage in result.stages}["retention"] == "pass", [s.explanation for s in result.stages]
+
+
+@pytest.mark.slow
+def test_a_block_size_that_a_layer_refuses_leaves_nothing(tmp_path: Path) -> None:
+    error = refused(make_model(tmp_path / "model"), tmp_path / "out", InvalidInput, "128 does not divide the 64 inputs", block_size=128)
+    assert error.exit_code == 2
+
+
+@pytest.mark.slow
+def test_the_same_model_gives_the_same_files(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    first, second = (make_export(tmp_path / name, model, "int4") for name in ("first", "second"))
+    for name in ("model.onnx", "model_full.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_graph_that_the_runtime_cannot_run_is_no_export(tmp_path: Path) -> None:
+    """Gemma 2's sliding window is longer than the cache of a short prompt: built without a word, refused at run time."""
+    import torch
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=16, vocab_size=320, max_position_embeddings=128))
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    error = refused(tmp_path / "model", tmp_path / "out", Unavailable, "cannot run it: .*GroupQueryAttention", precision="fp32")
+    assert error.exit_code == 3
