@@ -68,7 +68,7 @@ def test_int4_keeps_queries_keys_and_values_in_8_bits_and_says_so() -> None:
     eight = Scheme(8, 64)
     assert found == {"qkv_proj": eight, "q_proj": eight, "k_proj": eight, "v_proj": eight, "o_proj": Scheme(4, 64)}
     assert recipe.scheme(layer("model.layers.3.mlp.gate_up_proj", 576)) == Scheme(4, 64)
-    assert recipe.scheme(layer("model.layers.3.mlp.down_proj", 1536)) == Scheme(4, 128)
+    assert recipe.scheme(layer("model.layers.3.mlp.down_proj", 1536)) == Scheme(4, 256)
     assert recipe.scheme(layer(HEAD, 576)) == Scheme(4, 64)
     document = recipe.document()
     assert document["id"] == "cpu-int4"
