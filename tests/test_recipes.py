@@ -75,7 +75,7 @@ def test_int4_keeps_queries_keys_and_values_in_8_bits_and_says_so() -> None:
     assert document["options"]["bits"] == 4
     assert document["options"]["accuracy_level"] == 4
     assert document["options"]["layers"]["qkv_proj"] == {"bits": 8, "block_size": 64}
-    assert document["options"]["layers"]["down_proj"] == {"bits": 4, "block_size": 128}
+    assert document["options"]["layers"]["down_proj"] == {"bits": 4, "block_size": 256}
 
 
 def test_int8_is_8_bits_everywhere() -> None:
