@@ -158,7 +158,7 @@ def create(
     """Write an artefact, as in `with artifact.create(out, kind="model", command="merge") as draft:`.
 
     The folder appears at `out` when the block ends without an error, and not before. On an error or Ctrl-C what was
-    written is removed, unless it holds something named `keep` (training's checkpoints, for `--resume`), which is also
+    written is removed, unless something there matches the pattern `keep` (training's checkpoints, for `--resume`), which is also
     left in place when writing begins again.
 
     Raises:
@@ -381,7 +381,7 @@ def _complete(draft: Draft, seconds: float) -> Artifact:
 
 
 def _holds(partial: Path, keep: str | None) -> bool:
-    return keep is not None and (partial / keep).is_dir() and any((partial / keep).iterdir())
+    return keep is not None and any(partial.glob(keep))
 
 
 def _records(folder: Path) -> dict[str, FileRecord]:

@@ -109,11 +109,7 @@ def read_shape(model: Path) -> Shape:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         architecture = str(content["architectures"][0])
-        if architecture not in targets.ARCHITECTURES:  # first: the config of another family may lack all of the fields below
-            raise Unavailable(
-                f"{architecture} has no ONNX builder: it can be fine-tuned, merged and evaluated in PyTorch, not exported",
-                f"architectures that export: {', '.join(sorted(targets.ARCHITECTURES))}",
-            )
+        targets.builder_class(architecture)  # first: the config of another family may lack all of the fields below
         text = content.get("text_config", content)
         head_dim = int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
         return Shape(architecture, head_dim, int(text.get("max_position_embeddings") or _DEFAULT_MAX_LENGTH))

@@ -55,7 +55,7 @@ def test_nothing_is_left_when_it_breaks_off(tmp_path: Path, error: type[BaseExce
 
 
 def test_training_keeps_its_checkpoints_and_still_looks_incomplete(tmp_path: Path):
-    with pytest.raises(KeyboardInterrupt), create(tmp_path / "out", kind="adapter", command="finetune", keep="checkpoints") as draft:
+    with pytest.raises(KeyboardInterrupt), create(tmp_path / "out", kind="adapter", command="finetune", keep="checkpoints/*") as draft:
         (draft.folder / "checkpoints").mkdir()
         (draft.folder / "checkpoints" / "one").write_text("half")
         raise KeyboardInterrupt

@@ -12,32 +12,37 @@ from slmops.config import FinetuneSettings, flat
 from slmops.errors import BadArtifact, InvalidInput
 
 FOLDER = "checkpoints"
+ANY = f"{FOLDER}/checkpoint-*"
 _RUN = "run.json"
 # Settings that a run may be resumed with in another form: they change nothing of what is trained.
 _FREE = ("resume", "force")
 
 
 def prepare(partial: Path, base: Path, data: str | Path, settings: FinetuneSettings) -> None:
-    """Make the partial folder ready: emptied for a new run, checked to be of the same run for a resumed one.
+    """Make way for a new run, or check that there is something to resume and that it is of the same run.
 
     Raises:
         BadArtifact: `resume` is set, and there is no checkpoint to go on from.
         InvalidInput: `resume` is set, and the checkpoints are of another run.
     """
-    folder, now = partial / FOLDER, _identity(base, data, settings)
     if not settings.run.resume:
         shutil.rmtree(partial, ignore_errors=True)
-        folder.mkdir(parents=True)
-        artifact.write_json(folder / _RUN, now)
         return
+    folder = partial / FOLDER
     if latest(folder) is None or not (folder / _RUN).is_file():
         raise BadArtifact(f"there is no checkpoint in {partial} to go on from", "start it without --resume")
-    then = json.loads((folder / _RUN).read_text(encoding="utf-8"))
+    now, then = _identity(base, data, settings), json.loads((folder / _RUN).read_text(encoding="utf-8"))
     changed = [f"{key}: {now.get(key)!r}, was {then.get(key)!r}" for key in now if now.get(key) != then.get(key)]
     if changed:
         raise InvalidInput(
             f"the run that was stopped had other settings: {'; '.join(changed)}", "give the same, or start it without --resume"
         )
+
+
+def begin(partial: Path, base: Path, data: str | Path, settings: FinetuneSettings) -> None:
+    """Write down which run the checkpoints will be of."""
+    (partial / FOLDER).mkdir(exist_ok=True)
+    artifact.write_json(partial / FOLDER / _RUN, _identity(base, data, settings))
 
 
 def latest(folder: Path) -> Path | None:

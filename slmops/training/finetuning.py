@@ -55,8 +55,9 @@ def finetune(model: str | Path, data: str | Path, *, out: str | Path, config: An
     base = resolve_base(model)
     methods.refuse_unsupported(base)
     checkpoints.prepare(artifact.partial_folder(out), base, data, settings)
-    with artifact.create(out, kind="adapter", command="finetune", config=flat(settings), force=run.force, keep=checkpoints.FOLDER) as draft:
+    with artifact.create(out, kind="adapter", command="finetune", config=flat(settings), force=run.force, keep=checkpoints.ANY) as draft:
         material = prepare(base, data, settings, draft)
+        checkpoints.begin(draft.folder, base, data, settings)
         trained = train(base, material, settings, draft)
         finish(draft, base, data, material, trained, settings)
     return draft.done()
