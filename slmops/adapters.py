@@ -12,7 +12,7 @@ from slmops.artifact import Artifact, Draft
 from slmops.config import MergeSettings, flat, load
 from slmops.data import Interface
 from slmops.data.tokenizer_files import copy_tokenizer
-from slmops.errors import BadArtifact, RunFailed, Unavailable
+from slmops.errors import RunFailed, Unavailable
 from slmops.runtime import hugging_face
 
 # A merge in float32 against base + adapter, per logit: what the order of sums may differ by.
@@ -40,13 +40,7 @@ def merge(adapter: str | Path, *, out: str | Path, config: Any = None, **overrid
     settings = load(MergeSettings, config, **overrides)
     folder, out = Path(adapter), Path(out)
     artifact.refuse_occupied(out, force=settings.force)
-    found = artifact.find(folder) if folder.is_dir() else None
-    if found is not None and found.manifest.kind != "adapter":
-        raise BadArtifact(
-            f"{folder} is {artifact.article(found.manifest.kind)}, and an adapter is needed", "give the folder that `slmops finetune` wrote"
-        )
-    if found is not None:
-        artifact.check(found)
+    found = artifact.checked(folder, "adapter", "give the folder that `slmops finetune` wrote")
     details = hugging_face.read_adapter_config(folder)
     if details.get("peft_type") not in _MERGEABLE:
         raise Unavailable(

@@ -240,6 +240,21 @@ def find(folder: Path | str) -> Artifact | None:
     return load(folder) if (Path(folder) / MANIFEST).is_file() else None
 
 
+def checked(folder: Path | str, kind: Kind, hint: str) -> Artifact | None:
+    """Return the artefact of an input folder, its kind and its hashes checked; None for a folder of somebody else's.
+
+    Raises:
+        BadArtifact: it is an artefact of another kind (with the hint given), or was changed.
+    """
+    folder = Path(folder)
+    found = find(folder) if folder.is_dir() else None
+    if found is not None and found.manifest.kind != kind:
+        raise BadArtifact(f"{folder} is {article(found.manifest.kind)}, and {article(kind)} is needed", hint)
+    if found is not None:
+        check(found)
+    return found
+
+
 def changed_files(artifact: Artifact) -> list[str]:
     """Hash every file of an artefact; return one `name: what is wrong` per file that is missing or differs."""
     problems = []

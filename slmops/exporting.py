@@ -60,13 +60,7 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
     recipe = recipe_for(settings.precision, settings.block_size)
     if (source / "adapter_config.json").is_file():
         return _export_adapter(source, out, settings)
-    found = artifact.find(source) if source.is_dir() else None
-    if found is not None and found.manifest.kind != "model":
-        raise BadArtifact(
-            f"{source} is {artifact.article(found.manifest.kind)}, and a model is needed", "export the folder that `slmops merge` wrote"
-        )
-    if found is not None:
-        artifact.check(found)
+    found = artifact.checked(source, "model", "export the folder that `slmops merge` wrote")
     shape = preflight(artifact.require_model(source), out, settings)
     with artifact.create(out, kind="export", command="export", config=flat(settings), force=settings.force) as draft:
         interface = _interface(source, found, shape, settings, draft)

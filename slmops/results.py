@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 _RESAMPLES = 2000
@@ -117,3 +120,19 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float], seed: int 
     medians = np.median(ratios[random.integers(0, ratios.size, size=(_RESAMPLES, ratios.size))], axis=1)
     low, high = np.percentile(medians, [2.5, 97.5])
     return Estimate(float(np.median(ratios)), float(low), float(high), int(ratios.size))
+
+
+def divergence(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
+    """Return KL(reference || candidate) in nats of each row of logits, in float64 (Kullback and Leibler 1951)."""
+    import numpy as np
+
+    p, q = log_softmax(reference), log_softmax(candidate)
+    return np.maximum((np.exp(p) * (p - q)).sum(-1), 0.0)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return log probabilities, float64."""
+    import numpy as np
+
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

@@ -18,9 +18,9 @@ import pytest
 import tiny
 
 import slmops
-from slmops import artifact, environment
+from slmops import artifact, environment, results
 from slmops.benchmark import accuracy, quiet, rounds, sides, subjects
-from slmops.benchmark.worker import bytes_per_token, divergence
+from slmops.benchmark.worker import bytes_per_token
 from slmops.data import Interface, Tokenizer
 from slmops.errors import BadArtifact, InvalidInput, RunFailed
 from slmops.runtime.loading import open_runner
@@ -226,7 +226,7 @@ def test_stable_is_two_rounds_within_five_percent():
 def test_divergence_by_hand():
     reference, candidate = np.log(np.array([[0.5, 0.5], [0.9, 0.1]])), np.log(np.array([[0.25, 0.75], [0.9, 0.1]]))
     expected = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
-    assert divergence(reference, candidate) == pytest.approx([expected, 0])
+    assert results.divergence(reference, candidate) == pytest.approx([expected, 0])
 
 
 def test_bytes_read_a_token(folders: dict[str, Path], tmp_path: Path):

@@ -16,10 +16,10 @@ import slmops
 from slmops import artifact
 from slmops.config import VerifySettings, load
 from slmops.errors import BadArtifact
-from slmops.results import Estimate
+from slmops.results import Estimate, divergence, log_softmax
 from slmops.verification.bars import bars_for
 from slmops.verification.behaviour import logits_verdicts
-from slmops.verification.comparison import Comparison, divergence, log_softmax
+from slmops.verification.comparison import Comparison
 from slmops.verification.stages import NAMES, Stage, Verdict, at_least, at_most, concluded, exactly, within
 from slmops.verification.weights import Share, weight_verdicts
 

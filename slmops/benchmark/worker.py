@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from slmops import environment
+from slmops import environment, results
 from slmops.data import Encoded
 from slmops.errors import SlmopsError
 from slmops.evaluation.losses import surprise, token_losses
@@ -103,7 +103,7 @@ class Worker:
         divergences, same = [], 0
         for start in range(0, len(ids), 64):
             theirs, ours = reference[start : start + 64, :width], logits[start : start + 64, :width]
-            divergences += divergence(theirs, ours).tolist()
+            divergences += results.divergence(theirs, ours).tolist()
             same += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
         nats = float(surprise(logits[:-1], np.array(ids[1:])).sum())
         return {"divergences": divergences, "same_top": same, "nats": nats}
@@ -119,12 +119,6 @@ class Worker:
         self.channel.flush()
 
 
-def divergence(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """Return KL(reference || candidate) of each position in nats, of logits (positions, vocabulary)."""
-    log_p, log_q = _log_softmax(reference), _log_softmax(candidate)
-    return (np.exp(log_p) * (log_p - log_q)).sum(-1)
-
-
 def bytes_per_token(runner: Runner) -> int:
     """Return the bytes of weights that decoding one token reads.
 
@@ -138,11 +132,6 @@ def bytes_per_token(runner: Runner) -> int:
         table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
         return total if head is None or head.weight is table else total - table.numel() * table.element_size()
     return sum(file.stat().st_size for file in runner.folder.glob("*.data")) or (runner.folder / "model.onnx").stat().st_size
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def _import_engine(kind: str) -> None:

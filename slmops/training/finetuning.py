@@ -18,7 +18,7 @@ from slmops.artifact import Artifact, Draft
 from slmops.config import FinetuneSettings, flat, load
 from slmops.data import Corpus, Interface, Tokenizer, choose_interface, encode_rows, load_splits, overlap, split
 from slmops.data.tokenizer_files import copy_tokenizer
-from slmops.errors import BadArtifact, InvalidInput, RunFailed
+from slmops.errors import InvalidInput, RunFailed
 from slmops.training import checkpoints, engines, methods
 from slmops.training.engines import Run
 
@@ -72,13 +72,7 @@ def resolve_base(model: str | Path) -> Path:
     folder = Path(model)
     if not folder.exists() and str(model).count("/") == 1 and not str(model).startswith((".", "/")):
         return _download(str(model))
-    found = artifact.find(folder) if folder.is_dir() else None
-    if found is not None and found.manifest.kind != "model":
-        raise BadArtifact(
-            f"{folder} is {artifact.article(found.manifest.kind)}, and a model is needed", "fine-tune the base, or merge the adapter first"
-        )
-    if found is not None:
-        artifact.check(found)
+    artifact.checked(folder, "model", "fine-tune the base, or merge the adapter first")
     return artifact.require_model(folder)
 
 

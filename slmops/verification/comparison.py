@@ -33,7 +33,7 @@ class Comparison:
     def add(self, reference: np.ndarray, candidate: np.ndarray) -> None:
         """Add one row: logits (tokens, vocabulary) of both, at positions that predict supervised tokens."""
         self.tokens.append(len(reference))
-        self.kl.append(float(divergence(reference, candidate).mean()))
+        self.kl.append(float(results.divergence(reference, candidate).mean()))
         ours, theirs = reference.argmax(-1), candidate.argmax(-1)
         rows = np.arange(len(reference))
         margin = reference[rows, ours] - reference[rows, theirs]
@@ -59,18 +59,6 @@ class Comparison:
     def nmse(self) -> float:
         """Normalized mean square error of the logits: sum of squared differences over sum of squared reference logits."""
         return self.squared_error / self.squared_logits if self.squared_logits else math.nan
-
-
-def divergence(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
-    """Return KL(reference || candidate) in nats of each row of logits, in float64 (Kullback and Leibler 1951)."""
-    p, q = log_softmax(reference), log_softmax(candidate)
-    return np.maximum((np.exp(p) * (p - q)).sum(-1), 0.0)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Return log probabilities, float64."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def supervised(sequence: Encoded) -> np.ndarray:
