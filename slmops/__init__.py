@@ -25,6 +25,7 @@ VERBS = {
     "generate": "slmops.runtime",
     "inspect_data": "slmops.data",
     "merge": "slmops.adapters",
+    "pack": "slmops.packing",
     "prepare_data": "slmops.data",
     "quickstart": "slmops.pipeline",
     "run": "slmops.pipeline",

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -131,9 +131,7 @@ class Draft:
 
     def add_input(self, role: str, path: Path | str, sha256: str | None = None) -> None:
         """Record what the artefact is made from; its hash is taken unless given."""
-        place = Path(path)
-        relative = os.path.relpath(place.resolve(), self.out.resolve())
-        self.inputs.append(Input(role=role, path=relative, sha256=sha256 or fingerprint(place)))
+        self.inputs.append(input_of(self.out, role, Path(path), sha256))
 
     def warn(self, text: str) -> None:
         """Record something that the user should know, once."""
@@ -295,17 +293,24 @@ def check(artifact: Artifact) -> None:
             return  # a device with a read-only home hashes at every load
 
 
-def seal(folder: Path | str, **changes: Any) -> Artifact:
+def seal(folder: Path | str, *, without: Sequence[Path] = (), **changes: Any) -> Artifact:
     """Write a folder's hashes anew, after its files were changed on purpose.
 
     Args:
         folder: an artefact.
+        without: files that are about to be removed.
         changes: manifest fields to replace, such as `interface`.
     """
     folder = Path(folder)
     manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes()).model_copy(update=changes)
-    manifest = manifest.model_copy(update={"files": _records(folder)})
-    return Artifact(folder, _write(folder, manifest))
+    gone = {str(file.relative_to(folder)) for file in without}
+    records = {name: record for name, record in _records(folder).items() if name not in gone}
+    return Artifact(folder, _write(folder, manifest.model_copy(update={"files": records})))
+
+
+def input_of(out: Path, role: str, place: Path, sha256: str | None = None) -> Input:
+    """Return the record of one input of the artefact at `out`; its hash is taken unless given."""
+    return Input(role=role, path=os.path.relpath(place.resolve(), out.resolve()), sha256=sha256 or fingerprint(place))
 
 
 def fingerprint(path: Path | str) -> str:

@@ -61,14 +61,15 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
     if (source / "adapter_config.json").is_file():
         return _export_adapter(source, out, settings)
     found = artifact.checked(source, "model", "export the folder that `slmops merge` wrote")
-    shape = preflight(artifact.require_model(source), out, settings)
+    shape = preflight(artifact.require_model(source), out)
     with artifact.create(out, kind="export", command="export", config=flat(settings), force=settings.force) as draft:
-        interface = _interface(source, found, shape, settings, draft)
-        _write(draft, source, interface, target, recipe, settings)
+        interface = choose_bounded_interface(source, found, shape, settings.max_length_tokens, draft)
+        write_export(draft, source, interface, target, recipe)
+        run_once(draft.folder, interface)
     return draft.done()
 
 
-def preflight(model: Path, out: Path, settings: ExportSettings) -> Shape:
+def preflight(model: Path, out: Path) -> Shape:
     """Refuse what cannot work, before any weight is loaded.
 
     Raises:
@@ -121,21 +122,34 @@ def _export_adapter(adapter: Path, out: Path, settings: ExportSettings) -> Artif
     return export(merged, out=out, config=flat(settings))
 
 
-def _interface(source: Path, found: Artifact | None, shape: Shape, settings: ExportSettings, draft: Draft) -> Interface:
-    """Return the interface that came with the model, or choose one, with the export's bound on the length."""
-    limit = min(settings.max_length_tokens or _DEFAULT_MAX_LENGTH, shape.positions)
+def choose_bounded_interface(source: Path, found: Artifact | None, shape: Shape, asked: int | None, draft: Draft) -> Interface:
+    """Return the interface that came with the model, or choose one, with the export's bound on the length.
+
+    Args:
+        source: the model's folder.
+        found: its artefact.
+        shape: of the model.
+        asked: longest prompt and answer together, as the user wants it.
+        draft: takes the warnings.
+    """
+    limit = min(asked or _DEFAULT_MAX_LENGTH, shape.positions)
     if found is not None and found.manifest.interface is not None:
         interface = Interface.model_validate(found.manifest.interface)
     else:
         interface, warnings = choose_interface(source, [], max_length_tokens=limit)
         for warning in warnings:
             draft.warn(warning)
-    if settings.max_length_tokens and settings.max_length_tokens > shape.positions:
-        draft.warn(f"max_length_tokens: {settings.max_length_tokens} is more than the model's {shape.positions} positions; bounded to them")
+    if asked and asked > shape.positions:
+        draft.warn(f"max_length_tokens: {asked} is more than the model's {shape.positions} positions; bounded to them")
     return interface.model_copy(update={"max_length_tokens": limit})
 
 
-def _write(draft: Draft, source: Path, interface: Interface, target: targets.Target, recipe: Recipe, settings: ExportSettings) -> None:
+def write_export(draft: Draft, source: Path, interface: Interface, target: targets.Target, recipe: Recipe) -> None:
+    """Write graphs, runtime config and tokenizer of a model into a draft, with their facts.
+
+    Raises:
+        RunFailed: the builder failed, or the graph that it wrote is not the one asked for.
+    """
     from slmops.graph import building, linears, rewriting
 
     with TemporaryDirectory(prefix="slmops-export-") as scratch:
@@ -157,14 +171,13 @@ def _write(draft: Draft, source: Path, interface: Interface, target: targets.Tar
     problems = checking.problems(draft.folder, recipe.document()["options"])
     if problems:
         raise RunFailed(f"the graph is not the one asked for: {'; '.join(problems)}", "report the model's architecture and this message")
-    _run_once(draft.folder, interface)
     draft.add_input("baseline", source)
     draft.interface = interface.model_dump(mode="json")
     graphs = [file for file in draft.folder.iterdir() if file.suffix in (".onnx", ".data")]
     draft.facts = {
         "device": target.device,
         "provider": target.provider,
-        "precision": settings.precision,
+        "precision": target.precision,
         "recipe": recipe.document(),
         "size_bytes": sum(file.stat().st_size for file in graphs),
         "bytes_per_parameter": round(sum(file.stat().st_size for file in graphs) / hugging_face.parameter_count(source), 4),
@@ -185,7 +198,7 @@ def _write_runtime_config(source: Path, path: Path, interface: Interface) -> Non
     artifact.write_json(path, content)
 
 
-def _run_once(folder: Path, interface: Interface) -> None:
+def run_once(folder: Path, interface: Interface) -> None:
     """Generate a few tokens with the runtime, so that `executed` is true.
 
     Raises:

@@ -29,7 +29,8 @@ LAYERS = (
     ("evaluation", "diagnosis"),
     ("verification", "benchmark"),  # both ask for answers and scores
     ("training", "adapters"),
-    ("exporting", "packing"),  # `export` of an adapter folder merges it first
+    ("exporting",),  # `export` of an adapter folder merges it first
+    ("packing",),  # an export with adapters on it
     ("demo",),
     ("pipeline", "search", "sweep", "reporting", "serving"),
     ("cli",),

@@ -1,4 +1,4 @@
-"""The commands that make something: `data inspect`, `data prepare`, `finetune`, `merge`, `export`."""
+"""The commands that make something: `data inspect`, `data prepare`, `finetune`, `merge`, `export`, `pack`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import click
 
 import slmops
 from slmops.cli.options import Call, command
-from slmops.config import ExportSettings, FinetuneSettings, InspectSettings, MergeSettings, PrepareSettings
+from slmops.config import ExportSettings, FinetuneSettings, InspectSettings, MergeSettings, PackSettings, PrepareSettings
 
 
 @command(
@@ -93,3 +93,23 @@ def export(model: str, call: Call) -> Any:
     model's shape and printed; the graph that was written is checked against it.
     """
     return slmops.export(model, config=call.config, **call.overrides)
+
+
+@command(
+    "pack",
+    PackSettings,
+    examples=(
+        "slmops pack MODEL --adapter intent=runs/intent --adapter slots=runs/slots -o runs/package",
+        "slmops pack runs/package --adapter style=runs/style",
+        "slmops pack runs/package --remove slots",
+    ),
+)
+@click.argument("source")
+def pack(source: str, call: Call) -> Any:
+    """Pack adapters.
+
+    SOURCE is the base model that the adapters were trained on, or a package to change in place. The base is exported
+    once; adapters stay small files of their own, in float, and are switched per request: `slmops generate PACKAGE PROMPT
+    --adapter NAME`. What cannot be switched at run time (DoRA, biases, an adapted embedding ...) is refused with the way out.
+    """
+    return slmops.pack(source, config=call.config, **call.overrides)

@@ -24,6 +24,7 @@ COMMANDS = {
     "finetune": Entry("Build", "Train an adapter on a model from a data file.", "building:finetune"),
     "merge": Entry("Build", "Merge an adapter into its base model.", "building:merge"),
     "export": Entry("Build", "Turn a model into a quantized ONNX package.", "building:export"),
+    "pack": Entry("Build", "Put several adapters on one quantized base, switched at run time.", "building:pack"),
     "verify": Entry("Prove", "Prove that a package behaves as its PyTorch model does; exit 5 when not.", "proving:verify"),
     "evaluate": Entry("Prove", "Measure a model or package on a task, with 95 % intervals.", "proving:evaluate"),
     "bench": Entry("Prove", "Measure speed, memory, size and accuracy against PyTorch.", "proving:bench"),
@@ -83,6 +84,7 @@ _INTRODUCTION = """Fine-tune a small language model, ship it as quantized ONNX, 
   slmops finetune MODEL DATA -o runs/adapter       train
   slmops merge runs/adapter -o runs/merged         merge
   slmops export runs/merged -o runs/int4           quantize and export
+  slmops pack MODEL --adapter a=runs/a -o PKG      or keep adapters apart, on one base
   slmops verify runs/int4                          prove
   slmops bench runs/int4                           measure
 

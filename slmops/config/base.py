@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -142,8 +142,15 @@ def _grouped(model: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]
         if isinstance(group, type) and issubclass(group, Settings):
             result[name] = _grouped(group, values)
         elif name in values:
-            result[name] = values[name]
+            # One value for a setting that takes several is a list of one.
+            alone = isinstance(values[name], str) and get_origin(_without_none(group)) is list
+            result[name] = [values[name]] if alone else values[name]
     return result
+
+
+def _without_none(annotation: Any) -> Any:
+    kept = [part for part in get_args(annotation) if part is not type(None)]
+    return kept[0] if len(kept) == 1 and type(None) in get_args(annotation) else annotation
 
 
 def _leaf(location: tuple[int | str, ...]) -> str:

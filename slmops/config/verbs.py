@@ -61,7 +61,11 @@ class VerifySettings(Settings):
 
     baseline: str | None = setting(None, "PyTorch model to hold the package against (default: the one it was exported from)")
     base: str | None = setting(None, "model before the fine-tune, for the retention stage (default: from the lineage)")
-    data: str | None = setting(None, "held-out rows (default: the validation rows of the fine-tune)")
+    data: list[str] | None = setting(
+        None, "held-out rows, of a package's adapter as NAME=FILE (default: the validation rows of the fine-tune)"
+    )
+    adapter: list[str] | None = setting(None, "of a package: adapter to prove, by name (default: all, and the base)")
+    self_test: bool = setting(False, "run only the self-test that the package carries: no PyTorch, no data")
     metric: Metric | None = setting(None, "task metric to compare as well")
     max_rows: int | None = setting(None, "use only the first N rows", ge=1)
     batch_size: int = setting(32, "rows computed together", ge=1)
@@ -82,6 +86,7 @@ class EvaluateSettings(Settings):
     """`slmops evaluate`."""
 
     metric: Metric = setting("exact_match", "what is counted")
+    adapter: list[str] | None = setting(None, "adapter of a package, as NAME, or several as NAME=WEIGHT (default: the base alone)")
     base: bool = setting(False, "of an adapter folder: evaluate its base alone")
     prompt_template: str | None = setting(None, "text of the prompt (default: the one that travels with the model)", escapes=True)
     completion_template: str | None = setting(None, "expected text (default: the one that travels with the model)", escapes=True)
@@ -96,6 +101,7 @@ class EvaluateSettings(Settings):
 class BenchSettings(Settings):
     """`slmops bench`."""
 
+    adapter: list[str] | None = setting(None, "adapter of a package, as NAME, or several as NAME=WEIGHT (default: the base alone)")
     baseline: str | None = setting(None, "what to compare with (default: the PyTorch model it was exported from); none: measure alone")
     baseline_precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of a PyTorch baseline")
     data: str | None = setting(None, "rows for the accuracy on both sides (default: a small text that slmops brings, for KL)")
@@ -109,9 +115,26 @@ class BenchSettings(Settings):
     force: bool = setting(False, "replace an output folder that slmops wrote")
 
 
+class PackSettings(Settings):
+    """`slmops pack`."""
+
+    out: Path | None = setting(None, "package to write (a package is changed in place)", flag="--out")
+    adapter: list[str] | None = setting(None, "adapter to put in, as NAME=PATH")
+    remove: list[str] | None = setting(None, "of a package: adapter to take out, by name")
+    device: Literal["cpu", "gpu", "npu"] = setting("cpu", "kind of device that the package runs on")
+    provider: str | None = setting(None, "execution provider (default: the device's usual one)")
+    precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] = setting("int4", "precision of the base's weights; adapters stay in float")
+    block_size: int | None = setting(
+        None, "weights that share a scale, a power of two that divides the layer (default: by the layer's width)", ge=16
+    )
+    max_length_tokens: int | None = setting(None, "longest prompt and answer together (default: 2048 or the model's own limit)", ge=16)
+    force: bool = setting(False, "replace an output folder that slmops wrote, or an adapter of the same name")
+
+
 class GenerateSettings(Settings):
     """`slmops generate`."""
 
+    adapter: list[str] | None = setting(None, "adapter of a package, as NAME, or several as NAME=WEIGHT (default: the base alone)")
     max_new_tokens: int = setting(128, "longest answer", ge=1)
     temperature: float = setting(0.0, "0: the most likely token; higher: more varied", ge=0, le=5)
     top_p: float = setting(1.0, "sample from the smallest set of tokens with this probability", gt=0, le=1)

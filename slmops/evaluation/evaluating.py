@@ -18,7 +18,7 @@ from slmops.evaluation.answering import answers_of, bounded, generate_all, longe
 from slmops.evaluation.losses import perplexity, token_losses
 from slmops.evaluation.scoring import labels_of, score
 from slmops.results import Estimate
-from slmops.runtime.loading import Loaded, open_model
+from slmops.runtime.loading import Loaded, open_model, parse_selection
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ def evaluate(model: str | Path, data: str | Path, *, config: Any = None, **overr
     """
     started = time.perf_counter()
     settings = load(EvaluateSettings, config, **overrides)
+    selection = parse_selection(settings.adapter)
     place = _predictions_place(Path(model), str(data), settings)
     rows, templates = held_out_rows(data, rows=settings.rows, max_rows=settings.max_rows)
-    loaded = open_model(model, threads=settings.threads, base_only=settings.base)
+    loaded = open_model(model, threads=settings.threads, base_only=settings.base, adapter=selection)
     try:
         interface = _interface(loaded, settings, templates)
         progress.say(f"{len(rows)} rows of {data} on {loaded.runner.engine}, {loaded.runner.threads} threads")
@@ -152,8 +153,9 @@ def _predictions_place(model: Path, data: str, settings: EvaluateSettings) -> Pa
     """Return where the answers go, before any work: beside the model, never inside a folder with hashes."""
     if settings.predictions is None:
         stem = re.sub(r"[^\w.-]+", "-", Path(data).stem if Path(data).suffix else data.strip("/").rpartition("/")[2]) or "data"
+        kind = "-base" if settings.base else "".join(f"-{text.replace('=', '')}" for text in settings.adapter or ())
         parent, name = (model.parent, model.name) if model.name not in ("", "..") else (model.resolve().parent, model.resolve().name)
-        return parent / f"{name}.evaluations" / f"{stem}-{settings.metric}{'-base' if settings.base else ''}.jsonl"
+        return parent / f"{name}.evaluations" / f"{stem}-{settings.metric}{kind}.jsonl"
     place = settings.predictions
     if place.is_dir() or place.resolve() == Path(data).resolve():
         raise InvalidInput(f"predictions: {place} is {'a folder' if place.is_dir() else 'the data itself'}", "give a new .jsonl file")

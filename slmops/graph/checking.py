@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops.graph.linears import HEAD, Linear, Model, embedding, linears, load_graph
-from slmops.graph.rewriting import FULL, MAIN
+from slmops.graph.rewriting import ADAPTED, FULL, MAIN
 
 
 def problems(folder: Path, options: dict[str, Any]) -> list[str]:
@@ -24,6 +24,26 @@ def problems(folder: Path, options: dict[str, Any]) -> list[str]:
     if (folder / FULL).is_file():
         differences += _twin_problems(main, load_graph(folder / FULL))
     return differences
+
+
+def adapter_problems(folder: Path) -> list[str]:
+    """Say what is wrong with the graphs of a package that take adapters, one line each; they differ in nothing but the cut."""
+    main, full = load_graph(folder / ADAPTED), load_graph(folder / FULL)
+    lines = _twin_problems(main, full) + _twin_problems(load_graph(folder / MAIN), full)
+    ours, theirs = _pair_inputs(main), _pair_inputs(full)
+    lines += [f"{name} is an input of one graph only" for name in sorted({*ours} ^ {*theirs})]
+    lines += [
+        f"{name} is {ours[name]} wide in one graph and {theirs[name]} in the other"
+        for name in ours
+        if ours[name] != theirs.get(name, ours[name])
+    ]
+    if not ours:
+        lines.append(f"{ADAPTED} takes no adapters")
+    return lines
+
+
+def _pair_inputs(model: Model) -> dict[str, int]:
+    return {value.name: int(value.shape[0]) for value in model.graph.inputs if value.name in model.graph.initializers}
 
 
 def _layer_problems(linear: Linear, options: dict[str, Any]) -> list[str]:

@@ -68,8 +68,8 @@ def linears(model: Model) -> list[Linear]:
     found = []
     for node in model.graph:
         weight = node.inputs[1] if len(node.inputs) > 1 else None
-        if weight is None or weight.name not in model.graph.initializers:
-            continue
+        if weight is None or weight.name not in model.graph.initializers or weight in model.graph.inputs:
+            continue  # an initializer that is an input too is the default of an adapter's
         if node.op_type == "MatMul" and weight.shape is not None and len(weight.shape) == 2:
             inputs, outputs = (int(size) for size in weight.shape.numpy())
             found.append(Linear(layer_name(weight.name), inputs, outputs, None, None, (weight.name,)))
@@ -96,6 +96,13 @@ def embedding(model: Model) -> Linear | None:
             vocabulary, width = (shape[1], shape[0]) if tied else (shape[0], shape[1])
             return Linear(EMBEDDING, int(width), int(vocabulary), None, None, (name,), outputs_first=not tied)
     return None
+
+
+def product_of(model: Model, linear: Linear) -> Node:
+    """Return the node that multiplies with a layer's weights."""
+    return next(
+        node for node in model.graph if len(node.inputs) > 1 and node.inputs[1] is not None and node.inputs[1].name == linear.tensors[0]
+    )
 
 
 def weights(model: Model, linear: Linear) -> np.ndarray:

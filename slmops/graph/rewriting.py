@@ -21,7 +21,7 @@ from slmops.errors import RunFailed
 from slmops.graph.linears import EMBEDDING, HEAD, Linear, Model, Node, Value, embedding, linears, weights
 from slmops.graph.quantization import Quantized, Scheme, pack, quantize
 
-MAIN, FULL, DATA = "model.onnx", "model_full.onnx", "model.onnx.data"
+MAIN, FULL, ADAPTED, DATA = "model.onnx", "model_full.onnx", "model_adapters.onnx", "model.onnx.data"
 # Products in int8 with the activations quantized a block at a time: 2.4 x the decode speed of float products on AVX512-VNNI.
 ACCURACY_LEVEL = 4
 

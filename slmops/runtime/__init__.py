@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from slmops.runtime.generation import generate as generate
     from slmops.runtime.loading import Loaded as Loaded
     from slmops.runtime.loading import open_model as open_model
+    from slmops.runtime.package import Package as Package
     from slmops.runtime.runner import Runner as Runner
     from slmops.runtime.runner import Sampling as Sampling
     from slmops.runtime.runner import Timing as Timing
 
 _PLACES = {
     "Loaded": "loading",
+    "Package": "package",
     "Runner": "runner",
     "Sampling": "runner",
     "Timing": "runner",

@@ -11,7 +11,8 @@ runs by another kernel (int4: logits up to 0.5 away).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from slmops import environment
 from slmops.errors import BadArtifact, RunFailed, Unavailable
+from slmops.runtime import adapter_files
 
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
 
@@ -80,6 +82,23 @@ class Decoder:
         ]
         self.vocabulary = _size(outputs["logits"].shape[2], config["model"]["vocab_size"])
         self.last_only = outputs["logits"].shape[1] == 1
+        self.adapter_widths: dict[str, int] = {value.name: value.shape[0] for value in self.session.get_overridable_initializers()}
+        """The first dimension of each tensor that an adapter may bring; none where the graph takes no adapters."""
+        self._adapter: dict[str, Any] = {}
+
+    def with_adapter(self, tensors: Mapping[str, np.ndarray]) -> Decoder:
+        """Return this decoder with an adapter's tensors in its inputs: the same session, and none of the tensors copied.
+
+        Raises:
+            BadArtifact: a tensor is no input of the graph, or has another shape; onnxruntime would say nothing.
+        """
+        ort = environment.require("onnxruntime", "to run a package")
+        wrong = adapter_files.problems(tensors, self.adapter_widths)
+        if wrong:
+            raise BadArtifact(f"the adapter does not fit the graph: {'; '.join(wrong[:3])}", "pack the adapter again")
+        adapted = copy(self)
+        adapted._adapter = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()}
+        return adapted
 
     def run(self, ids: np.ndarray, ends: np.ndarray, cache: list[np.ndarray]) -> np.ndarray:
         """Run the graph once.
@@ -99,6 +118,8 @@ class Decoder:
             value = ort.OrtValue.ortvalue_from_numpy(array)  # on a CPU no copy: the array's own memory
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)
+        for name, value in self._adapter.items():
+            binding.bind_ortvalue_input(name, value)
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, np.int64))
         binding.bind_cpu_input("attention_mask", mask)
         if self.has_positions:

@@ -6,7 +6,6 @@ graph through `slmops.runtime.decoder`, exactly and in batches; `verify` holds t
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -16,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from slmops import environment
-from slmops.errors import BadArtifact, InvalidInput, RunFailed
+from slmops.errors import InvalidInput, RunFailed
+from slmops.graph.rewriting import FULL
 from slmops.runtime.decoder import Cache, Decoder, greedy, pieces
 from slmops.runtime.runner import Sampling, Timing
+from slmops.runtime.sessions import ActiveAdapter, Sessions
 
-FULL = "model_full.onnx"
 _LOGITS_BYTES = 64 << 20  # of one piece of logits
 _CACHE_BYTES = 256 << 20  # of the keys and values of one batch
 
@@ -31,6 +31,8 @@ class GenaiRunner:
     Args:
         folder: holds `genai_config.json`, the graph and its data.
         threads: of the operators.
+        sessions: shared with other runners of the folder; None: its own.
+        adapter: what is on while it runs; None: nothing, the base.
 
     Raises:
         BadArtifact: a file is missing or cannot be loaded.
@@ -39,15 +41,14 @@ class GenaiRunner:
 
     engine = "genai"
 
-    def __init__(self, folder: Path, threads: int) -> None:
+    def __init__(self, folder: Path, threads: int, *, sessions: Sessions | None = None, adapter: ActiveAdapter | None = None) -> None:
         self.folder, self.threads = folder, threads
-        try:
-            self.config: dict[str, Any] = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-            self.max_length_tokens = int(self.config["search"].get("max_length") or self.config["model"]["context_length"])
-            self.vocabulary = int(self.config["model"]["vocab_size"])
-            self._main_name: str = self.config["model"]["decoder"]["filename"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BadArtifact(f"{folder} has no genai_config.json that can be used: {error!r}", "export the model again") from error
+        self._sessions = sessions or Sessions(folder, threads)
+        self._shared = sessions is not None
+        self._adapter = adapter
+        self.config = self._sessions.config
+        self.max_length_tokens, self.vocabulary = self._sessions.max_length_tokens, self._sessions.vocabulary
+        self._main_name = self._sessions.filename(adapted=adapter is not None)
 
     def logits(self, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         """Yield the logits of each row: see `Runner`."""
@@ -128,38 +129,39 @@ class GenaiRunner:
         """The graph that a device runs: `model.onnx`."""
         return self._decoder
 
+    def next_logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Return the logits of the token after `ids`, (vocabulary,), by the graph that ships."""
+        self._check(ids, 0)
+        return self._decoder.prefill(ids, Cache(self._decoder, 1, len(ids)).arrays, self._piece_tokens)
+
     def prepare(self) -> None:
         """Load the model as a device does: see `Runner`."""
         _ = self._model
 
     def close(self) -> None:
-        """Free the sessions."""
-        for name in ("_decoder", "_full", "_model"):
+        """Free the sessions, unless other runners share them."""
+        for name in ("_decoder", "_full"):
             self.__dict__.pop(name, None)
+        if not self._shared:
+            self._sessions.close()
 
     @cached_property
     def _decoder(self) -> Decoder:
-        return Decoder(self.folder, self.config, self._main_name, self.threads)
+        return self._adapted(self._sessions.decoder(self._main_name))
 
     @cached_property
     def _full(self) -> Decoder | None:
         """The graph with all logits: the twin, or the main graph where it has them; None where neither has."""
         if (self.folder / FULL).is_file():
-            return Decoder(self.folder, self.config, FULL, self.threads)
+            return self._adapted(self._sessions.decoder(FULL))
         return None if self._decoder.last_only else self._decoder
 
-    @cached_property
+    @property
     def _model(self) -> Any:
-        """The model as onnxruntime-genai loads it. A corrupt graph is refused by onnxruntime before it gets here."""
-        og = environment.require("onnxruntime_genai", "to run a package")
-        config = og.Config(str(self.folder))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": self.threads}}}}))
-        try:
-            return og.Model(config)
-        except RuntimeError as error:
-            raise BadArtifact(
-                f"onnxruntime-genai cannot load {self.folder}: {str(error).splitlines()[0][:300]}", "export the model again"
-            ) from error
+        return self._sessions.model(self._main_name)
+
+    def _adapted(self, decoder: Decoder) -> Decoder:
+        return decoder if self._adapter is None else decoder.with_adapter(self._adapter.tensors())
 
     @property
     def _piece_tokens(self) -> int:
@@ -169,7 +171,12 @@ class GenaiRunner:
         og = environment.require("onnxruntime_genai", "to run a package")
         parameters = og.GeneratorParams(self._model)
         parameters.set_search_options(**options)
-        return og.Generator(self._model, parameters)
+        generator = og.Generator(self._model, parameters)
+        if (
+            self._adapter is not None
+        ):  # before the prompt: afterwards the runtime takes it without a word, and the cache holds the base's values
+            self._adapter.activate(generator, self._model)
+        return generator
 
     def _logits_by_token(self, row: Sequence[int]) -> np.ndarray:
         """Teacher-force a graph that gives the last token's logits only, a token at a time."""

@@ -10,8 +10,8 @@ from slmops.config import GenerateSettings, load
 from slmops.data import Interface, Tokenizer, encode_prompt, prompt_of_chat
 from slmops.data.templates import parse
 from slmops.errors import InvalidInput
-from slmops.runtime.loading import open_model
-from slmops.runtime.runner import Sampling
+from slmops.runtime.loading import open_model, parse_selection
+from slmops.runtime.runner import Runner, Sampling
 
 
 def generate(package: str | Path, prompt: str, *, config: Any = None, **overrides: Any) -> Iterator[str]:
@@ -21,7 +21,7 @@ def generate(package: str | Path, prompt: str, *, config: Any = None, **override
     field's place; for a chat model it is the user's turn.
 
     Args:
-        package: an export, a model or an adapter.
+        package: a package, an export, a model or an adapter.
         prompt: the text.
         config: YAML file or mapping of `GenerateSettings`.
         overrides: single settings.
@@ -31,14 +31,26 @@ def generate(package: str | Path, prompt: str, *, config: Any = None, **override
         InvalidInput: the prompt does not fit, or the template has several fields (then give `raw`).
     """
     settings = load(GenerateSettings, config, **overrides)
-    loaded = open_model(package, threads=settings.threads)
-    interface = loaded.interface
-    ids = prompt_ids(prompt, loaded.tokenizer, interface, raw=settings.raw)
+    loaded = open_model(package, threads=settings.threads, adapter=parse_selection(settings.adapter))
     sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.seed)
-    pieces = loaded.tokenizer.stream(after=ids)
-    for token in loaded.runner.stream(
-        ids, max_new_tokens=settings.max_new_tokens, stop_token_ids=interface.stop_token_ids, sampling=sampling
-    ):
+    options = {"max_new_tokens": settings.max_new_tokens, "sampling": sampling, "raw": settings.raw}
+    yield from answer(loaded.runner, loaded.tokenizer, loaded.interface, prompt, **options)
+
+
+def answer(
+    runner: Runner,
+    tokenizer: Tokenizer,
+    interface: Interface,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    raw: bool = False,
+) -> Iterator[str]:
+    """Yield a model's answer to a prompt, piece by piece."""
+    ids = prompt_ids(prompt, tokenizer, interface, raw=raw)
+    pieces = tokenizer.stream(after=ids)
+    for token in runner.stream(ids, max_new_tokens=max_new_tokens, stop_token_ids=interface.stop_token_ids, sampling=sampling):
         if piece := pieces.push(token):
             yield piece
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from slmops import artifact, environment
 from slmops.artifact import Artifact
 from slmops.data import Interface, Tokenizer, choose_interface
-from slmops.errors import BadArtifact
+from slmops.errors import BadArtifact, InvalidInput
+from slmops.runtime.package import Package, Selection, interface_with
 from slmops.runtime.runner import Runner
 
 
@@ -41,7 +43,33 @@ def kind_of(folder: Path) -> str:
     )
 
 
-def open_model(folder: Path | str, *, threads: int | None = None, base_only: bool = False, precision: str = "fp32") -> Loaded:
+def parse_selection(texts: Sequence[str] | None) -> dict[str, float]:
+    """Read adapters of a package as they are typed: `NAME`, or `NAME=WEIGHT`.
+
+    Raises:
+        InvalidInput: a weight that is no number, or a name twice.
+    """
+    weights: dict[str, float] = {}
+    for text in texts or ():
+        name, has_weight, weight = text.partition("=")
+        try:
+            value = float(weight) if has_weight else 1.0
+        except ValueError:
+            raise InvalidInput(f"adapter: {text} has no number after the =", "write NAME, or NAME=0.7") from None
+        if name in weights:
+            raise InvalidInput(f"adapter: {name} is named twice", "name each once, with its weight")
+        weights[name] = value
+    return weights
+
+
+def open_model(
+    folder: Path | str,
+    *,
+    threads: int | None = None,
+    base_only: bool = False,
+    precision: str = "fp32",
+    adapter: Selection = None,
+) -> Loaded:
     """Load what is behind a path.
 
     An artefact is checked against its hashes before anything of it is loaded.
@@ -51,23 +79,36 @@ def open_model(folder: Path | str, *, threads: int | None = None, base_only: boo
         threads: of the engine; None: by the size of the weights (`default_threads`).
         base_only: of an adapter, its base alone, with the adapter's interface.
         precision: of a PyTorch model: fp32 or bf16.
+        adapter: of a package, the adapter to turn on: a name, or weights by name; None: its base.
 
     Raises:
         BadArtifact: incomplete, changed, or not a model.
         Unavailable: the engine is not installed.
+        InvalidInput: the folder has no such adapter.
     """
     folder = Path(folder)
-    runner = open_runner(folder, threads=threads, base_only=base_only, precision=precision)
+    runner = open_runner(folder, threads=threads, base_only=base_only, precision=precision, adapter=adapter)
     found = artifact.find(folder)
-    interface = interface_of(folder, found)
+    interface = interface_with(found, adapter) if found is not None and adapter else interface_of(folder, found)
     return Loaded(runner, Tokenizer.load(_tokenizer_folder(folder, runner)), interface, found, kind_of(folder))
 
 
-def open_runner(folder: Path | str, *, threads: int | None = None, base_only: bool = False, precision: str = "fp32") -> Runner:
+def open_runner(
+    folder: Path | str,
+    *,
+    threads: int | None = None,
+    base_only: bool = False,
+    precision: str = "fp32",
+    adapter: Selection = None,
+) -> Runner:
     """Load what runs of a path, without tokenizer and interface: see `open_model`."""
     folder = Path(folder)
     kind = kind_of(folder)
     found = artifact.find(folder)
+    if adapter:
+        if found is None or found.manifest.kind != "package":
+            raise InvalidInput(f"adapter: {folder} is not a package with adapters", "leave --adapter out, or `slmops pack` one")
+        return Package(folder, threads=threads).runner(adapter)
     if found is not None:
         artifact.check(found)
     count = threads or default_threads(folder)

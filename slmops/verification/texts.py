@@ -1,5 +1,6 @@
-"""Which texts show that two tokenizers are the same? Every kind of character that a tokenizer treats on its own."""
+"""Which texts are models asked that nobody gave rows for? Probes of a tokenizer's habits, and openings to go on from."""
 
+# Every kind of character that a tokenizer treats on its own.
 PROBES = (
     "",
     " ",
@@ -14,3 +15,6 @@ PROBES = (
     "<s> </s> <unk> <|im_start|>user<|im_end|> [INST]",
     "0 00 000 0000 12345678901234567890",
 )
+
+# Beginnings that any language model goes on from; of the self-test, whose answers mean nothing but that they stay the same.
+OPENINGS = ("Once upon a time, there was a", "The answer is", "In the morning she opened the window and", "def add(a, b):")

@@ -1,0 +1,175 @@
+"""From a base and its adapters to one package, and from one package to the next: what does `slmops pack` do?
+
+A package is an export of the base with two graphs more (adapters as optional inputs), one small file per adapter, and a
+self-test for each of them. Adding and removing an adapter touches its own files and the manifest, never the base; the
+manifest is replaced last, so that a package is what it was until it is what it should be.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from slmops import artifact, progress, targets
+from slmops.artifact import Artifact
+from slmops.config import PackSettings, flat, load
+from slmops.errors import BadArtifact, InvalidInput, RunFailed
+from slmops.exporting import choose_bounded_interface, preflight, run_once, write_export
+from slmops.graph import checking
+from slmops.graph.linears import load_graph
+from slmops.graph.lora import save_adapted_twins, slots
+from slmops.graph.recipes import recipe_for
+from slmops.graph.rewriting import ADAPTED, FULL
+from slmops.packing import inclusion
+from slmops.runtime import hugging_face
+from slmops.verification import self_test
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+def pack(source: str | Path, *, config: Any = None, **overrides: Any) -> Artifact:
+    """Make a package of a base and adapters, or change the adapters of a package in place.
+
+    Args:
+        source: a Hugging Face folder (then `out` names the package to write), or a package.
+        config: YAML file or mapping of `PackSettings`.
+        overrides: single settings, such as `adapter=["intent=runs/intent"]`.
+
+    Raises:
+        InvalidInput: a setting is wrong, or a name is taken or unknown.
+        Unavailable: an adapter does what a graph cannot carry, or the target or architecture is not supported here.
+        BadArtifact: an adapter of another base, an input that was changed, or `out` is occupied.
+        RunFailed: the builder failed, or the graph that it wrote is not the one asked for.
+    """
+    settings = load(PackSettings, config, **overrides)
+    folder = Path(source)
+    named = named_adapters(settings.adapter)
+    found = artifact.find(folder) if folder.is_dir() else None
+    if found is not None and found.manifest.kind == "package":
+        return _change(found, named, settings)
+    return _assemble(folder, named, settings)
+
+
+def named_adapters(texts: list[str] | None) -> dict[str, Path]:
+    """Read adapters as they are typed, `NAME=PATH`.
+
+    Raises:
+        InvalidInput: no name, one that is no file name, or the same twice.
+    """
+    result: dict[str, Path] = {}
+    for text in texts or ():
+        name, _, path = text.partition("=")
+        if not path or not _NAME.fullmatch(name):
+            raise InvalidInput(
+                f"adapter: {text!r} is not NAME=PATH", "write --adapter intent=runs/intent (letters, digits, . _ - in the name)"
+            )
+        if name in result:
+            raise InvalidInput(f"adapter: the name {name} is given twice", "give each adapter a name of its own")
+        result[name] = Path(path)
+    return result
+
+
+def _assemble(source: Path, named: dict[str, Path], settings: PackSettings) -> Artifact:
+    """Export a base and put adapters on it."""
+    if settings.remove:
+        raise InvalidInput(f"remove: {source} is not a package", "give the package to take adapters out of")
+    if settings.out is None:
+        raise InvalidInput("out: nothing says where the package goes", "give a folder with -o")
+    artifact.refuse_occupied(settings.out, force=settings.force)
+    target = targets.find(settings.device, settings.provider, settings.precision)
+    recipe = recipe_for(settings.precision, settings.block_size)
+    found = artifact.checked(source, "model", "give the base model that the adapters were trained on")
+    shape = preflight(artifact.require_model(source), settings.out)
+    base = artifact.fingerprint(source)
+    candidates = [inclusion.examine(name, path, source, base) for name, path in named.items()]
+    config = {key: value for key, value in flat(settings).items() if key != "out"}
+    with artifact.create(settings.out, kind="package", command="pack", config=config, force=settings.force) as draft:
+        interface = choose_bounded_interface(source, found, shape, settings.max_length_tokens, draft)
+        stops = inclusion.common_stops(interface, candidates)
+        write_export(draft, source, interface, target, recipe)
+        with progress.task("let the graph take adapters"):
+            pairs = save_adapted_twins(draft.folder, hugging_face.parameter_shapes(source))
+        _configure_runtime(draft.folder / "genai_config.json", stops)
+        problems = checking.adapter_problems(draft.folder)
+        if problems:
+            raise RunFailed(f"the graph with adapters is not as it should be: {'; '.join(problems)}", "report the model's architecture")
+        run_once(draft.folder, interface)
+        draft.facts |= {
+            "base": base,
+            "slots": {pair.name: [pair.inputs, pair.outputs] for pair in pairs},
+            "adapters": {c.name: inclusion.include(draft.folder, c, pairs, base) for c in candidates},
+            "size_bytes": inclusion.size_bytes(draft.folder),
+        }
+        for candidate in candidates:
+            draft.add_input(f"adapter {candidate.name}", candidate.path)
+            for warning in candidate.warnings:
+                draft.warn(warning)
+        self_test.record(draft.folder, draft.interface, draft.facts, {c.name: c.prompts for c in candidates})
+    return draft.done()
+
+
+def _change(found: Artifact, named: dict[str, Path], settings: PackSettings) -> Artifact:
+    """Add adapters to a package and remove others, in place: new files first, the manifest, then the old files.
+
+    Raises:
+        InvalidInput: nothing to change, a name that is taken (without `force`) or unknown.
+    """
+    artifact.check(found)
+    removed = list(settings.remove or ())
+    if settings.out is not None:
+        raise InvalidInput(f"out: {found.path} is a package, which is changed in place", "leave -o out, or copy the folder first")
+    if not named and not removed:
+        raise InvalidInput(
+            f"adapter: nothing to do with {found.path}", "put one in with --adapter NAME=PATH, or take one out with --remove NAME"
+        )
+    held = found.manifest.facts["adapters"]
+    for name in removed:
+        if name not in held:
+            raise InvalidInput(f"remove: {found.path} has no adapter {name}", f"it has {', '.join(held) or 'none'}")
+    taken = [name for name in named if name in held and name not in removed]
+    if taken and not settings.force:
+        raise InvalidInput(f"adapter: {found.path} has an adapter {taken[0]} already", "choose another name, or replace it with --force")
+    place = found.find("baseline")
+    if named and place is None:
+        raise BadArtifact(f"the base model of {found.path} is no longer at {_recorded(found)}", "put it back there, or pack anew")
+    return _rewrite(found, named, {*removed, *taken}, place)
+
+
+def _rewrite(found: Artifact, named: dict[str, Path], dropped: set[str], base_folder: Path | None) -> Artifact:
+    facts = found.manifest.facts
+    candidates = [inclusion.examine(name, path, base_folder, facts["base"]) for name, path in named.items() if base_folder is not None]
+    inclusion.refuse_other_stops(found, candidates)
+    obsolete = [found.path / file for name in dropped for file in inclusion.files_of(facts["adapters"][name])]
+    adapters = {name: held for name, held in facts["adapters"].items() if name not in dropped}
+    if base_folder is not None and candidates:
+        pairs = slots(load_graph(found.path / FULL), hugging_face.parameter_shapes(base_folder))
+        adapters |= {c.name: inclusion.include(found.path, c, pairs, facts["base"]) for c in candidates}
+        self_test.record(found.path, found.manifest.interface, facts | {"adapters": adapters}, {c.name: c.prompts for c in candidates})
+    inputs = [item for item in found.manifest.inputs if item.role.removeprefix("adapter ") not in {*dropped, *named}]
+    inputs += [artifact.input_of(found.path, f"adapter {c.name}", c.path) for c in candidates]
+    new = {file for held in adapters.values() for file in inclusion.files_of(held)}
+    kept_aside = [file for file in obsolete if str(file.relative_to(found.path)) not in new]
+    facts = {**facts, "adapters": adapters}
+    warnings = [*found.manifest.warnings, *(w for c in candidates for w in c.warnings)]
+    changed = artifact.seal(found.path, without=kept_aside, facts=facts, inputs=inputs, warnings=warnings)
+    for file in kept_aside:
+        file.unlink(missing_ok=True)
+    return changed
+
+
+def _configure_runtime(path: Path, stops: list[int]) -> None:
+    """Name the graph that takes adapters, and the stop tokens that the base and all adapters share.
+
+    onnxruntime-genai ends at its config's tokens whatever adapter is on; the others of an adapter are slmops's to stop at.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["decoder"]["filename"] = ADAPTED
+    content["model"]["eos_token_id"] = stops if len(stops) != 1 else stops[0]
+    artifact.write_json(path, content)
+
+
+def _recorded(found: Artifact) -> str:
+    item = found.manifest.input("baseline")
+    return item.path if item is not None else "(unknown)"

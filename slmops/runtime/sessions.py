@@ -1,0 +1,89 @@
+"""Which sessions does a folder have in memory? Each graph is loaded when it is first needed, once for all adapters.
+
+A package has its base twice: `model.onnx` takes no adapters and is the fastest, `model_adapters.onnx` takes them as
+inputs. Whoever uses only one of the two loads only that one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from slmops import environment
+from slmops.errors import BadArtifact
+from slmops.graph.rewriting import ADAPTED, MAIN
+from slmops.runtime.decoder import Decoder
+
+
+class ActiveAdapter(Protocol):
+    """An adapter that is on while a runner runs."""
+
+    def tensors(self) -> Mapping[str, np.ndarray]:
+        """Return its tensors by the graph's inputs."""
+        ...
+
+    def activate(self, generator: Any, model: Any) -> None:
+        """Turn it on for a new generator of onnxruntime-genai, before its prompt."""
+        ...
+
+
+class Sessions:
+    """The sessions of one folder.
+
+    Args:
+        folder: holds `genai_config.json`, the graphs and their data.
+        threads: of the operators.
+
+    Raises:
+        BadArtifact: there is no config that can be used.
+    """
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self.folder, self.threads = folder, threads
+        self._decoders: dict[str, Decoder] = {}
+        self._models: dict[str, Any] = {}
+        try:
+            self.config: dict[str, Any] = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+            self.max_length_tokens = int(self.config["search"].get("max_length") or self.config["model"]["context_length"])
+            self.vocabulary = int(self.config["model"]["vocab_size"])
+            self._configured: str = self.config["model"]["decoder"]["filename"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadArtifact(f"{folder} has no genai_config.json that can be used: {error!r}", "export the model again") from error
+
+    def filename(self, *, adapted: bool) -> str:
+        """Return the graph to run: the one that the config names, or a package's own for the base alone."""
+        has_base = self._configured == ADAPTED and (self.folder / MAIN).is_file()
+        return MAIN if has_base and not adapted else self._configured
+
+    def decoder(self, filename: str) -> Decoder:
+        """Return onnxruntime's session of a graph."""
+        if filename not in self._decoders:
+            self._decoders[filename] = Decoder(self.folder, self.config, filename, self.threads)
+        return self._decoders[filename]
+
+    def model(self, filename: str) -> Any:
+        """Return a graph as onnxruntime-genai loads it.
+
+        Raises:
+            BadArtifact: it cannot be loaded.
+        """
+        if filename not in self._models:
+            og = environment.require("onnxruntime_genai", "to run a package")
+            config = og.Config(str(self.folder))
+            options = {"filename": filename, "session_options": {"intra_op_num_threads": self.threads}}
+            config.overlay(json.dumps({"model": {"decoder": options}}))
+            try:
+                self._models[filename] = og.Model(config)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0][:300]
+                raise BadArtifact(f"onnxruntime-genai cannot load {self.folder}: {reason}", "export the model again") from error
+        return self._models[filename]
+
+    def close(self) -> None:
+        """Free them."""
+        self._decoders.clear()
+        self._models.clear()

@@ -1,0 +1,149 @@
+"""Does a package still compute on this device what it computed when it was made? No PyTorch, no data, a few seconds.
+
+When a package is made, the graph that ships answers a few prompts, for the base and with each adapter on. The ids of the
+prompts, the first tokens and the largest logits of the first one lie beside the graphs. On the device the same prompts
+are run by the device's own runtime: another processor's kernels sum in another order, so logits have a tolerance, and a
+token may differ where the two most likely ones were within it. A lost adapter, another's file or a wrong stop token are
+units away.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slmops import artifact, progress
+from slmops.artifact import Artifact
+from slmops.data import Interface, Tokenizer
+from slmops.errors import BadArtifact
+from slmops.runtime.genai_runner import GenaiRunner
+from slmops.runtime.package import Package
+from slmops.verification.stages import Stage
+from slmops.verification.texts import OPENINGS
+
+FILE = "self_test.json"
+_NEW_TOKENS = 8
+_TOP = 5
+# Largest difference of a logit between two processors. Quantized layers round their activations to 8 bits: a sum in
+# another order can flip a rounding (int4 of a 3M model: 0.5 between the kernels of one machine).
+_TOLERANCES = {"fp32": 0.01, "int8": 0.5, "int4": 1.0}
+
+
+def record(folder: Path, interface: Mapping[str, Any] | None, facts: Mapping[str, Any], prompts: Mapping[str, Sequence[list[int]]]) -> None:
+    """Write the self-tests of a package: its base's, and one beside the file of each adapter.
+
+    Args:
+        folder: being written; its manifest need not be there.
+        interface: of the base.
+        facts: `precision`, and of a package `slots` and `adapters`.
+        prompts: ids of prompts by adapter; without any, and for the base, the openings that slmops brings.
+    """
+    package = Package.of_parts(folder, interface, facts)
+    openings = _openings(package.tokenizer, package.interface())
+    tolerance = _TOLERANCES.get(str(facts["precision"]), 1.0)
+    wanted: list[tuple[str | None, Path]] = [(name, folder / _file_of(package.found, name)) for name in prompts]
+    if not (folder / FILE).is_file():
+        wanted.insert(0, (None, folder / FILE))
+    with progress.task("record the self-test", total=len(wanted)) as task:
+        for name, path in wanted:
+            cases = _cases(package.runner(name), prompts.get(name or "") or openings, package.interface(name))
+            artifact.write_json(path, {"tolerance": tolerance, "cases": cases})
+            task.advance()
+    package.close()
+
+
+def check_self_test(folder: Path, found: Artifact | None, adapters: Sequence[str] | None, threads: int | None = None) -> Stage:
+    """Run the self-tests that a package carries.
+
+    Args:
+        folder: the package.
+        found: its artefact.
+        adapters: those to test, by name; None: all, and the base.
+        threads: of the runtime.
+    """
+    if found is None or not (folder / FILE).is_file():
+        return Stage("self_test", "skipped", "the package carries no self-test")
+    package = Package(folder, threads=threads)
+    names: list[str | None] = list(adapters) if adapters is not None else [None, *package.adapters]
+    figures: dict[str, Any] = {}
+    failures = []
+    with progress.task("self-test", total=len(names)) as task:
+        for name in names:
+            key = name or "base"
+            try:
+                content = json.loads((folder / (_file_of(found, name) if name else FILE)).read_text(encoding="utf-8"))
+                figures[key], wrong = _run(package.runner(name), content, package.interface(name))
+            except BadArtifact as error:
+                figures[key], wrong = {}, [error.message]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                figures[key], wrong = {}, [f"its self-test cannot be read: {error!r}"]
+            failures += [f"{key}: {text}" for text in wrong]
+            task.advance()
+    package.close()
+    if failures:
+        advice = "copy the package again; if it stays so, this device computes otherwise: export for it"
+        return Stage("self_test", "fail", f"{'; '.join(failures[:4])}: {advice}", figures, {"failures": 0})
+    count = sum(figure["cases"] for figure in figures.values())
+    largest = max(figure["largest_difference"] for figure in figures.values())
+    return Stage(
+        "self_test", "pass", f"{count} prompts answered as when the package was made; logits within {largest:.2g}", figures, {"failures": 0}
+    )
+
+
+def _cases(runner: GenaiRunner, prompts: Sequence[list[int]], interface: Interface) -> list[dict[str, Any]]:
+    cases = []
+    for prompt in prompts:
+        ids = prompt[-max(1, runner.max_length_tokens - _NEW_TOKENS) :]
+        tokens = list(runner.stream(ids, max_new_tokens=_NEW_TOKENS, stop_token_ids=interface.stop_token_ids))
+        margins = [_margin(runner.next_logits([*ids, *tokens[:count]])) for count in range(min(len(tokens) + 1, _NEW_TOKENS))]
+        logits = runner.next_logits(ids)
+        top = np.argsort(-logits, kind="stable")[:_TOP]
+        cases.append(
+            {
+                "prompt": list(ids),
+                "stop_tokens": list(interface.stop_token_ids),
+                "tokens": tokens,
+                "margins": [round(margin, 4) for margin in margins],
+                "logits": {str(int(token)): round(float(logits[token]), 5) for token in top},
+            }
+        )
+    return cases
+
+
+def _run(runner: GenaiRunner, content: Mapping[str, Any], interface: Interface) -> tuple[dict[str, Any], list[str]]:
+    """Return figures, and what is wrong."""
+    tolerance, largest, wrong = float(content["tolerance"]), 0.0, []
+    for number, case in enumerate(content["cases"], 1):
+        logits = runner.next_logits(case["prompt"])
+        difference = max(abs(float(logits[int(token)]) - value) for token, value in case["logits"].items())
+        largest = max(largest, difference)
+        if difference > tolerance:
+            wrong.append(f"prompt {number}: a logit differs by {difference:.3g}, and {tolerance:g} is allowed")
+            continue
+        if list(interface.stop_token_ids) != case["stop_tokens"]:
+            wrong.append(f"prompt {number}: the answer stops at {list(interface.stop_token_ids)}, and {case['stop_tokens']} were recorded")
+            continue
+        tokens = list(runner.stream(case["prompt"], max_new_tokens=_NEW_TOKENS, stop_token_ids=interface.stop_token_ids))
+        at = next((i for i, (a, b) in enumerate(zip([*tokens, -1], [*case["tokens"], -1], strict=False)) if a != b), None)
+        if at is not None and case["margins"][min(at, len(case["margins"]) - 1)] > tolerance:
+            wrong.append(f"prompt {number}: token {at + 1} of the answer is another one")
+    return {"cases": len(content["cases"]), "largest_difference": largest, "tolerance": tolerance}, wrong
+
+
+def _margin(logits: np.ndarray) -> float:
+    """Return how far the most likely token is above the next."""
+    second, first = np.partition(logits, -2)[-2:]
+    return float(first - second)
+
+
+def _openings(tokenizer: Tokenizer, interface: Interface) -> list[list[int]]:
+    start = [] if interface.bos_token_id is None else [interface.bos_token_id]
+    return [[*start, *tokenizer.encode(text)] for text in OPENINGS]
+
+
+def _file_of(found: Artifact, name: str) -> str:
+    return found.manifest.facts["adapters"][name]["file"].rpartition(".")[0] + "." + FILE
