@@ -32,6 +32,9 @@ class MethodSettings(Settings):
     lora_rank: int = setting(16, "rank of the adapter", ge=1, le=1024)
     lora_alpha: float | None = setting(None, "scale of the adapter: alpha / rank (default: 2 x rank)", gt=0)
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", ge=0, lt=1)
+    quantized_base: Path | None = setting(
+        None, "export or package of MODEL whose quantized weights are the frozen base: the adapter learns around their error"
+    )
     target_modules: list[str] | None = setting(None, "linear layers to adapt, by name (default: all of them)")
 
 
@@ -52,7 +55,9 @@ class OptimizerSettings(Settings):
 class RunSettings(Settings):
     """How the run behaves."""
 
-    precision: Literal["auto", "fp32", "bf16"] = setting("auto", "arithmetic of the frozen base (auto: fp32 on a CPU, bf16 on a GPU)")
+    precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", "arithmetic of the frozen base (auto: bf16 on a GPU, but fp32 for --quantized-base; fp32 on a CPU)"
+    )
     threads: int | None = setting(None, "threads (default: one for a tiny model, else all cores)", ge=1)
     seed: int = setting(0, "seed of everything random: two runs on one machine give the same adapter", ge=0)
     evaluations: int = setting(4, "how often in the run validation is measured and the best adapter kept", ge=1)

@@ -35,7 +35,16 @@ class Verb:
 VERBS = {
     "prepare": Verb(config.PrepareSettings, "prepare_data", ("dataset",), "dataset", "data", nearest=False),
     # Several fine-tunes of one base are the common case, not one on top of another's merged model.
-    "finetune": Verb(config.FinetuneSettings, "finetune", ("model",), "adapter", "model", nearest=False, rows=True, paths=("validation",)),
+    "finetune": Verb(
+        config.FinetuneSettings,
+        "finetune",
+        ("model",),
+        "adapter",
+        "model",
+        nearest=False,
+        rows=True,
+        paths=("validation", "quantized_base"),
+    ),
     "merge": Verb(config.MergeSettings, "merge", ("adapter",), "model", paths=("base",)),
     # An adapter counts: exporting the base past it would lose the fine-tune without a word.
     "export": Verb(config.ExportSettings, "export", ("model", "adapter"), "export", "model"),

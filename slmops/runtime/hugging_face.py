@@ -133,25 +133,44 @@ def find_base(folder: Path, found: Artifact | None, details: dict[str, Any], giv
     return place
 
 
-def load_adapted(base: Path, adapter: Path, *, precision: str = "fp32", nf4: bool | None = None) -> nn.Module:
-    """Load base + adapter, unmerged.
+def load_base_of(base: Path, adapter: Path, *, precision: str = "fp32", nf4: bool | None = None) -> Any:
+    """Load the base of an adapter with the weights that it was trained on: the float ones, those of nf4, or an export's.
 
     Args:
         base: the base model's folder.
         adapter: the PEFT folder.
         precision: of the base in memory: fp32 or bf16.
-        nf4: the adapter was trained on a base in nf4 (qlora): the base gets the values of nf4, in float. None: as the
-            adapter's manifest says.
+        nf4: with the values of nf4, in float, as after qlora. None: as the adapter's manifest says.
 
     Raises:
-        BadArtifact: a tensor of the adapter has no place in this base, or the wrong shape.
+        BadArtifact: it was trained on an export's quantized weights (`finetune --quantized-base`), which are gone or differ.
+    """
+    from slmops.runtime import quantized_base
+
+    found = artifact.find(adapter)
+    quantized = quantized_base.quantized_base_of(found, base) if found is not None else None
+    if quantized is not None:
+        return quantized_base.load_dequantized(base, quantized, precision=precision)
+    nf4 = nf4 if nf4 is not None else found is not None and found.manifest.facts.get("method") == "qlora"
+    model: Any = load_model(base, precision=precision, nf4=nf4, device="cpu" if nf4 else None)
+    return model.dequantize() if nf4 else model
+
+
+def load_adapted(base: Path, adapter: Path, *, precision: str = "fp32", nf4: bool | None = None) -> nn.Module:
+    """Load base + adapter, unmerged; the base with the weights that the adapter was trained on (`load_base_of`).
+
+    Args:
+        base: the base model's folder.
+        adapter: the PEFT folder.
+        precision: of the base in memory: fp32 or bf16.
+        nf4: the adapter was trained on a base in nf4 (qlora). None: as its manifest says.
+
+    Raises:
+        BadArtifact: a tensor of the adapter has no place in this base, or the wrong shape; or the quantized weights that it
+            was trained on are gone.
     """
     peft = environment.require("peft", "to load an adapter")
-    found = artifact.find(adapter)
-    quantized = nf4 if nf4 is not None else found is not None and found.manifest.facts.get("method") == "qlora"
-    model: Any = load_model(base, precision=precision, nf4=quantized, device="cpu" if quantized else None)
-    if quantized:
-        model = model.dequantize()
+    model = load_base_of(base, adapter, precision=precision, nf4=nf4)
     try:
         adapted = peft.PeftModel.from_pretrained(model, adapter, is_trainable=False)
     except (RuntimeError, ValueError, KeyError) as error:

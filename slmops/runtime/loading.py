@@ -149,7 +149,7 @@ def _torch(folder: Path, kind: str, found: Artifact | None, threads: int, base_o
     details = hugging_face.read_adapter_config(folder)
     base = hugging_face.find_base(folder, found, details)
     if base_only:
-        return TorchRunner(hugging_face.load_model(base, precision=precision), base, threads)
+        return TorchRunner(hugging_face.load_base_of(base, folder, precision=precision), base, threads)
     return TorchRunner(hugging_face.load_adapted(base, folder, precision=precision), folder, threads)
 
 

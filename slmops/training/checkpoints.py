@@ -18,31 +18,36 @@ _RUN = "run.json"
 _FREE = ("resume", "force")
 
 
-def prepare(partial: Path, base: Path, data: str | Path, settings: FinetuneSettings) -> None:
+def prepare(partial: Path, identity: dict[str, Any], *, resume: bool) -> None:
     """Make way for a new run, or check that there is something to resume and that it is of the same run.
+
+    Args:
+        partial: where the run writes.
+        identity: of the run (`identity`).
+        resume: go on from its last checkpoint.
 
     Raises:
         BadArtifact: `resume` is set, and there is no checkpoint to go on from.
         InvalidInput: `resume` is set, and the checkpoints are of another run.
     """
-    if not settings.run.resume:
+    if not resume:
         shutil.rmtree(partial, ignore_errors=True)
         return
     folder = partial / FOLDER
     if latest(folder) is None or not (folder / _RUN).is_file():
         raise BadArtifact(f"there is no checkpoint in {partial} to go on from", "start it without --resume")
-    now, then = _identity(base, data, settings), json.loads((folder / _RUN).read_text(encoding="utf-8"))
-    changed = [f"{key}: {now.get(key)!r}, was {then.get(key)!r}" for key in now if now.get(key) != then.get(key)]
+    then = json.loads((folder / _RUN).read_text(encoding="utf-8"))
+    changed = [f"{key}: {value!r}, was {then.get(key)!r}" for key, value in identity.items() if value != then.get(key)]
     if changed:
         raise InvalidInput(
             f"the run that was stopped had other settings: {'; '.join(changed)}", "give the same, or start it without --resume"
         )
 
 
-def begin(partial: Path, base: Path, data: str | Path, settings: FinetuneSettings) -> None:
+def begin(partial: Path, identity: dict[str, Any]) -> None:
     """Write down which run the checkpoints will be of."""
     (partial / FOLDER).mkdir(exist_ok=True)
-    artifact.write_json(partial / FOLDER / _RUN, _identity(base, data, settings))
+    artifact.write_json(partial / FOLDER / _RUN, identity)
 
 
 def latest(folder: Path) -> Path | None:
@@ -57,7 +62,15 @@ def lowest_validation_loss(checkpoint: Path) -> float | None:
     return min((entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry), default=None)
 
 
-def _identity(base: Path, data: str | Path, settings: FinetuneSettings) -> dict[str, Any]:
+def identity(base: Path, data: str | Path, settings: FinetuneSettings, quantized_base: str | None) -> dict[str, Any]:
+    """Return what makes a run the run that it is: its settings, and the content of what it learns on and from.
+
+    Args:
+        base: folder of the model.
+        data: rows, or a dataset's id.
+        settings: of the run.
+        quantized_base: hash of the weights of `--quantized-base`, wherever they lie.
+    """
     values = {key: value for key, value in flat(settings).items() if key not in _FREE}
     dataset = artifact.fingerprint(data) if Path(data).exists() else str(data)
-    return {**values, "base": artifact.fingerprint(base), "dataset": dataset}
+    return {**values, "base": artifact.fingerprint(base), "dataset": dataset, "quantized_base": quantized_base}

@@ -14,6 +14,7 @@ from slmops.config import FinetuneSettings
 from slmops.data import Corpus
 from slmops.errors import InvalidInput, RunFailed
 from slmops.runtime import hugging_face, loading
+from slmops.runtime.quantized_base import QuantizedBase
 from slmops.training import checkpoints, methods
 
 if TYPE_CHECKING:
@@ -84,14 +85,25 @@ def train_with_olive(base: Path, train: Corpus, validation: Corpus, settings: Fi
     )
 
 
-def train_with_peft(base: Path, train: Corpus, validation: Corpus, settings: FinetuneSettings, folder: Path) -> Run:
-    """Train with our own trainer (`slmops.training.trainer`); keeps the adapter of the lowest validation loss."""
+def train_with_peft(
+    base: Path, train: Corpus, validation: Corpus, settings: FinetuneSettings, folder: Path, package: QuantizedBase | None = None
+) -> Run:
+    """Train with our own trainer (`slmops.training.trainer`); keeps the adapter of the lowest validation loss.
+
+    Args:
+        base: Hugging Face folder of the model.
+        train: rows to learn.
+        validation: rows to choose the best adapter by.
+        settings: of the run.
+        folder: to write the adapter to.
+        package: whose quantized weights take the place of the model's own.
+    """
     transformers = hugging_face.quiet_libraries()
     from slmops.training.trainer import SupervisedTrainer, Watcher
 
     environment.require("torch", "to train").set_num_threads(settings.run.threads or loading.default_threads(base))
     transformers.set_seed(settings.run.seed)
-    model = methods.load_base(base, quantized=settings.method.method == "qlora", precision=settings.run.precision)
+    model = methods.load_base(base, quantized=settings.method.method == "qlora", precision=settings.run.precision, package=package)
     parameters = sum(p.numel() for p in model.parameters())
     model = methods.attach_adapter(model, settings.method)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

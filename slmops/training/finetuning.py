@@ -19,6 +19,8 @@ from slmops.config import FinetuneSettings, flat, load
 from slmops.data import Corpus, Interface, Tokenizer, choose_interface, encode_rows, load_splits, overlap, split
 from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.errors import InvalidInput, RunFailed
+from slmops.runtime import quantized_base
+from slmops.runtime.quantized_base import QuantizedBase
 from slmops.training import checkpoints, engines, methods
 from slmops.training.engines import Run
 
@@ -27,6 +29,8 @@ from slmops.training.engines import Run
 class Material:
     """What a run trains on."""
 
+    package: QuantizedBase | None
+    """Whose quantized weights are the frozen base; None: the model's own."""
     interface: Interface
     train: Corpus
     validation: Corpus
@@ -45,8 +49,8 @@ def finetune(model: str | Path, data: str | Path, *, out: str | Path, config: An
 
     Raises:
         InvalidInput: settings or data are wrong.
-        BadArtifact: the model has no safe weights, or `out` is occupied.
-        Unavailable: a library of the `train` extra is missing.
+        BadArtifact: the model has no safe weights, `quantized_base` is no export or package of it, or `out` is occupied.
+        Unavailable: a library of the `train` extra is missing, or the engine lacks what is asked for.
         RunFailed: training diverged.
     """
     settings = load(FinetuneSettings, config, **overrides)
@@ -54,10 +58,12 @@ def finetune(model: str | Path, data: str | Path, *, out: str | Path, config: An
     artifact.refuse_occupied(out, force=run.force)
     base = resolve_base(model)
     methods.refuse_unsupported(base)
-    checkpoints.prepare(artifact.partial_folder(out), base, data, settings)
+    package = methods.find_quantized_base(base, settings.method)
+    identity = checkpoints.identity(base, data, settings, package.sha256 if package else None)
+    checkpoints.prepare(artifact.partial_folder(out), identity, resume=run.resume)
     with artifact.create(out, kind="adapter", command="finetune", config=flat(settings), force=run.force, keep=checkpoints.ANY) as draft:
-        material = prepare(base, data, settings, draft)
-        checkpoints.begin(draft.folder, base, data, settings)
+        material = prepare(base, data, settings, draft, package)
+        checkpoints.begin(draft.folder, identity)
         trained = train(base, material, settings, draft)
         finish(draft, base, data, material, trained, settings)
     return draft.done()
@@ -76,9 +82,11 @@ def resolve_base(model: str | Path) -> Path:
     return artifact.require_model(folder)
 
 
-def prepare(base: Path, data: str | Path, settings: FinetuneSettings, draft: Draft) -> Material:
+def prepare(base: Path, data: str | Path, settings: FinetuneSettings, draft: Draft, package: QuantizedBase | None) -> Material:
     """Read, split and encode the rows; every loss on the way is a warning of the draft."""
     given = settings.data
+    if package is not None and package.is_float:
+        draft.warn(f"quantized_base: the weights of {package.folder} are not quantized: this trains on the model itself")
     rows, validation, templates = load_splits(data, validation=given.validation, rows=given.rows, max_rows=given.max_rows)
     interface, warnings = choose_interface(
         base,
@@ -100,7 +108,7 @@ def prepare(base: Path, data: str | Path, settings: FinetuneSettings, draft: Dra
     held_out = encode_rows(validation, tokenizer, interface) if validation else Corpus.empty()
     for warning in (*warnings, *train.warnings):
         draft.warn(warning)
-    return Material(interface, train, held_out, validation)
+    return Material(package, interface, train, held_out, validation)
 
 
 def train(base: Path, material: Material, settings: FinetuneSettings, draft: Draft) -> Run:
@@ -108,7 +116,7 @@ def train(base: Path, material: Material, settings: FinetuneSettings, draft: Dra
     if settings.method.engine == "olive":
         draft.warn("engine olive keeps the last adapter of the run, not the one of the lowest validation loss")
         return engines.train_with_olive(base, material.train, material.validation, settings, draft.folder)
-    return engines.train_with_peft(base, material.train, material.validation, settings, draft.folder)
+    return engines.train_with_peft(base, material.train, material.validation, settings, draft.folder, material.package)
 
 
 def finish(draft: Draft, base: Path, data: str | Path, material: Material, trained: Run, settings: FinetuneSettings) -> None:
@@ -123,6 +131,9 @@ def finish(draft: Draft, base: Path, data: str | Path, material: Material, train
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in material.validation_rows)
     draft.add_input("base", base)
     draft.add_input("dataset", data)
+    package = material.package
+    if package is not None:
+        draft.add_input(quantized_base.ROLE, package.folder, package.sha256)
     draft.interface = material.interface.model_dump(mode="json")
     draft.metrics = {"train_loss": {"value": trained.train_loss}, "validation_loss": {"value": trained.validation_loss}}
     corpus = material.train
@@ -137,6 +148,7 @@ def finish(draft: Draft, base: Path, data: str | Path, material: Material, train
         "peak_memory_bytes": trained.peak_memory_bytes,
         "trainable_parameters": trained.trainable_parameters,
         "stop_reason": material.interface.stop_reason,
+        **({quantized_base.ROLE: package.facts} if package is not None else {}),
     }
 
 

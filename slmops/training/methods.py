@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from slmops import environment
 from slmops.config import MethodSettings
 from slmops.errors import BadArtifact, InvalidInput, Unavailable
-from slmops.runtime import hugging_face
+from slmops.runtime import hugging_face, quantized_base
+from slmops.runtime.quantized_base import QuantizedBase
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,17 +25,43 @@ def default_learning_rate(parameters: int) -> float:
     return next(rate for bound, rate in _LEARNING_RATES if parameters <= bound)
 
 
-def load_base(folder: Path, *, quantized: bool, precision: str) -> nn.Module:
+def load_base(folder: Path, *, quantized: bool, precision: str, package: QuantizedBase | None = None) -> nn.Module:
     """Load the base model as the method wants it.
 
     Args:
         folder: Hugging Face folder with safetensors.
         quantized: hold the linear layers in nf4.
-        precision: "auto" (fp32 on a CPU, bf16 on a GPU), "fp32" or "bf16".
+        precision: "auto" (bf16 on a GPU; fp32 on a CPU, and for a package's weights, which bf16 would round), "fp32" or "bf16".
+        package: take its dequantized weights in place of the folder's.
     """
     torch = environment.require("torch", "to train")
+    if package is not None:
+        return quantized_base.load_dequantized(folder, package, precision="fp32" if precision == "auto" else precision)
     chosen = precision if precision != "auto" else "bf16" if torch.cuda.is_available() else "fp32"
     return hugging_face.load_model(folder, precision=chosen, nf4=quantized)
+
+
+def find_quantized_base(base: Path, settings: MethodSettings) -> QuantizedBase | None:
+    """Return the export or package to train on, checked; None where the model's own weights are the base.
+
+    Raises:
+        InvalidInput: with qlora, which quantizes the base by itself.
+        Unavailable: with Olive's engine.
+        BadArtifact: it is no export or package of this model.
+    """
+    if settings.quantized_base is None:
+        return None
+    if settings.method == "qlora":
+        raise InvalidInput(
+            f"quantized_base: {settings.quantized_base} is a quantized base already, and qlora would put another in its place",
+            "leave --method out (lora trains on the weights of --quantized-base), or leave --quantized-base out",
+        )
+    if settings.engine == "olive":
+        raise Unavailable(
+            "engine olive: Olive's pass loads the model from its folder and cannot be given other weights (quantized_base)",
+            "use --engine peft",
+        )
+    return quantized_base.find_quantized_base(settings.quantized_base, base)
 
 
 def attach_adapter(model: nn.Module, settings: MethodSettings) -> nn.Module:

@@ -165,19 +165,9 @@ def _twin(subject: Subject, graph: weights.Model, sequences: list[Encoded], figu
 
 def twin_runner(subject: Subject, graph: weights.Model) -> Runner:
     """Return PyTorch with the package's weights."""
-    import torch
+    from slmops.runtime.quantized_base import twin
 
-    from slmops.graph.linears import hugging_face_weights
-    from slmops.runtime.hugging_face import load_model
-
-    model = load_model(subject.baseline)
-    own = dict(model.named_parameters())
-    values = hugging_face_weights(graph, weights.parameter_shapes(subject.baseline))
-    with torch.no_grad():
-        for name, value in values.items():
-            if name in own:
-                own[name].copy_(torch.tensor(value))
-    return TorchRunner(model, subject.baseline, subject.threads)
+    return TorchRunner(twin(graph, subject.baseline), subject.baseline, subject.threads)
 
 
 def _effect(subject: Subject, sequences: list[Encoded], figures: dict[str, Any]) -> Verdict:
