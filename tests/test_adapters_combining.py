@@ -388,6 +388,9 @@ def test_qlora_adapters_merge_on_nf4_and_a_mixture_says_what_it_loses(base: Path
     expected = weighted_sum([tmp_path / "one", tmp_path / "two"], [1, 1])[name]
     np.testing.assert_allclose(tensors(merged.path)[name], ground + expected, atol=1e-6)
     assert np.abs(ground - tensors(base)[name]).max() > 1e-3, "nf4 is not the float base"
+    plan = slmops.merge(tmp_path / "one", plan=True)  # of the delta alone, not of the error of nf4 with it
+    energy = next(layer.share.energy for layer in plan.layers if layer.share.layer == name.removesuffix(".weight"))
+    assert energy == pytest.approx((weighted_sum([tmp_path / "one"], [1])[name] ** 2).sum(), rel=1e-2)
     mixed = slmops.merge(tmp_path / "one", trained / "intent", out=tmp_path / "mixed")
     assert any("one learned with qlora" in line for line in mixed.manifest.warnings)
     expected = weighted_sum([tmp_path / "one", trained / "intent"], [1, 1])[name]

@@ -100,7 +100,7 @@ def test_merge_tells_what_became_of_each_task_and_what_to_type_next():
     text = " ".join(shown("merge", document).split())
     for part in (
         "intent x 0.7 (rank 16), plain x 1 (rank 8)",
-        "exact match 0.98 [0.97, 0.99] 0.9 [0.88, 0.92] 8 6.1 to 9.9",
+        "intent exact match 0.98 [0.97, 0.9 [0.88, 8 6.1 to 9.9",
         "10 %",
         "strategy cat",
     ):

@@ -84,10 +84,11 @@ def _plan(page: Page, plan: Mapping[str, Any]) -> None:
     layers = sorted((plan.get("layers") or {}).items(), key=lambda item: -float(item[1].get("noise_to_signal") or 0))
     page.text()
     page.table(
-        ("layer", "scheme", "noise to signal", "p", "codes changed", "change to step"),
+        ("layer", "scheme", "noise/signal", "p", "codes", "change/step"),
         [_layer(name, figures) for name, figures in layers[:_MOST_LAYERS]],
         right=(2, 3, 4, 5),
     )
+    page.text("Codes: the share that the fine-tune changes. Change/step: its size over that of the rounding step.", "dim")
     if len(layers) > _MOST_LAYERS:
         page.text(f"... and {len(layers) - _MOST_LAYERS} layers that suffer less (see --json)", "dim")
 
@@ -97,7 +98,7 @@ def _layer(name: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
         name,
         f"int{figures.get('bits')}/{figures.get('block_size')}",
         number(figures.get("noise_to_signal"), 3),
-        f"{number(figures.get('p'), 3)} +- {number(figures.get('p_noise'), 2)}",
+        number(figures.get("p"), 3),
         share(figures.get("codes_changed")),
         number(figures.get("delta_to_step"), 2),
     )
