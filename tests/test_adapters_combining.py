@@ -119,13 +119,16 @@ def test_cat_is_the_weighted_sum_of_any_adapters(base: Path, make: Any, tmp_path
         assert distance(changes(again.path, base), expected) < 1e-5
 
 
-def test_without_weights_each_adapter_counts_in_full(base: Path, make: Any, tmp_path: Path) -> None:
+def test_without_weights_it_is_the_mean(base: Path, make: Any, tmp_path: Path) -> None:
     adapters = [make("a", 1), make("b", 2), make("c", 3, r=2)]
     made = slmops.merge(*adapters, out=tmp_path / "out")
-    assert distance(changes(made.path, base), weighted_sum(adapters, [1, 1, 1])) < 1e-5
-    assert [part["weight"] for part in made.manifest.facts["adapters"]] == [1.0, 1.0, 1.0]
+    assert distance(changes(made.path, base), weighted_sum(adapters, [1 / 3] * 3)) < 1e-5
+    assert [part["weight"] for part in made.manifest.facts["adapters"]] == [1 / 3] * 3
     assert [part["rank"] for part in made.manifest.facts["adapters"]] == [4, 4, 2]
     assert made.manifest.facts["rank"] == 10
+    shutil.copytree(adapters[0], tmp_path / "copy")
+    twice = slmops.merge(adapters[0], tmp_path / "copy", out=tmp_path / "twice", into="adapter")
+    assert distance(deltas(twice.path), deltas(adapters[0])) < 1e-5, "an adapter and its copy are that adapter"
 
 
 def test_a_single_adapter_takes_a_weight_too(base: Path, make: Any, tmp_path: Path) -> None:
@@ -157,7 +160,7 @@ def test_linear_is_not_the_sum_and_says_so(base: Path, make: Any, tmp_path: Path
 
 def test_svd_is_the_sum_at_full_rank_and_its_best_part_below(base: Path, make: Any, tmp_path: Path) -> None:
     adapters = [make("a", 1, target_modules=["q_proj", "k_proj"]), make("b", 2, target_modules=["q_proj"], r=6)]
-    expected = weighted_sum(adapters, [1, 1])
+    expected = weighted_sum(adapters, [0.5, 0.5])
     full = slmops.merge(adapters, out=tmp_path / "full", strategy="svd", svd_rank=10, into="adapter")
     assert distance(deltas(full.path), expected) < 1e-5
     cut = slmops.merge(adapters, out=tmp_path / "cut", strategy="svd", svd_rank=3)
@@ -184,7 +187,7 @@ def test_pruning_strategies_give_an_adapter_that_loads_again(base: Path, make: A
 def test_pruned_deltas_of_density_one_are_the_sum(base: Path, make: Any, tmp_path: Path, strategy: str) -> None:
     adapters = [make("a", 1), make("b", 2)]
     made = slmops.merge(adapters, out=tmp_path / "out", strategy=strategy, density=1.0, svd_rank=8)
-    assert distance(changes(made.path, base), weighted_sum(adapters, [1, 1])) < 1e-5
+    assert distance(changes(made.path, base), weighted_sum(adapters, [0.5, 0.5])) < 1e-5
 
 
 def test_what_dare_drops_is_seeded(make: Any, tmp_path: Path) -> None:
@@ -343,6 +346,8 @@ def test_the_regret_table_holds_each_task_before_and_after(trained: Path, tmp_pa
     intent, plain = gone.manifest.facts["regret"]
     assert (intent["name"], intent["metric"], intent["before"]["value"]) == ("intent", "exact_match", 1.0)
     assert intent["after"]["value"] == 0.0 and intent["points_lost"] == 100.0, "with weight 0 its task is gone"
+    assert any("intent lost 100 points by the merge" in line for line in gone.manifest.warnings)
+    assert not any("plain lost" in line for line in gone.manifest.warnings)
     assert (plain["name"], plain["metric"]) == ("plain", "perplexity")
     assert plain["before"]["value"] == pytest.approx(plain["after"]["value"], rel=1e-4), "alone with weight 1 nothing is lost"
     assert abs(plain["points_lost"]) < 0.01
@@ -385,7 +390,7 @@ def test_qlora_adapters_merge_on_nf4_and_a_mixture_says_what_it_loses(base: Path
     nf4: Any = load_model(base, nf4=True, device="cpu")
     name = "model.layers.0.mlp.up_proj.weight"
     ground = nf4.dequantize().state_dict()[name].numpy().astype(np.float64)
-    expected = weighted_sum([tmp_path / "one", tmp_path / "two"], [1, 1])[name]
+    expected = weighted_sum([tmp_path / "one", tmp_path / "two"], [0.5, 0.5])[name]
     np.testing.assert_allclose(tensors(merged.path)[name], ground + expected, atol=1e-6)
     assert np.abs(ground - tensors(base)[name]).max() > 1e-3, "nf4 is not the float base"
     plan = slmops.merge(tmp_path / "one", plan=True)  # of the delta alone, not of the error of nf4 with it
@@ -393,5 +398,5 @@ def test_qlora_adapters_merge_on_nf4_and_a_mixture_says_what_it_loses(base: Path
     assert energy == pytest.approx((weighted_sum([tmp_path / "one"], [1])[name] ** 2).sum(), rel=1e-2)
     mixed = slmops.merge(tmp_path / "one", trained / "intent", out=tmp_path / "mixed")
     assert any("one learned with qlora" in line for line in mixed.manifest.warnings)
-    expected = weighted_sum([tmp_path / "one", trained / "intent"], [1, 1])[name]
+    expected = weighted_sum([tmp_path / "one", trained / "intent"], [0.5, 0.5])[name]
     np.testing.assert_allclose(tensors(mixed.path)[name], tensors(base)[name] + expected, atol=1e-6)

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tiny import ROWS, TEMPLATES, make_adapter, make_export, make_model, write_rows
 
 import slmops
-from slmops import artifact
 from slmops.adapters.planning import BAR, FINE, KEEP, RAISE, Plan, plan_changes, plan_model
-from slmops.data import Encoded, Interface, Tokenizer, encode_rows
-from slmops.data.rows import read_rows
 from slmops.errors import InvalidInput, Unavailable
-from slmops.graph.linears import Linear, load_graph
+from slmops.graph.linears import load_graph
 from slmops.graph.quantization import Scheme, quantize
 from slmops.graph.recipes import recipe_for
 from slmops.graph.rewriting import FULL
-from slmops.results import log_softmax
 from slmops.runtime.loading import open_runner
-from slmops.runtime.stored_weights import StoredWeights
 from slmops.verification.weights import shares
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from planner_vs_measured import Lab, deltas_of, lab_for, rank_correlation, scaled  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 LAYER = "model.layers.0.mlp.down_proj.weight"
 
@@ -191,55 +192,6 @@ def test_the_plan_has_the_shares_that_verify_measures_in_the_package(base: Path,
 # Against measured loss ---------------------------------------------------------------------------------------------
 
 
-class Lab:
-    """A base and rows on which log probabilities are measured for any weights, in PyTorch."""
-
-    def __init__(self, base: Path, sequences: list[Encoded]) -> None:
-        from slmops.runtime.hugging_face import load_model
-
-        self.model, self.sequences = load_model(base).eval(), sequences
-        self.own = {name: value for name, value in self.model.named_parameters() if value.ndim == 2}
-        self.base = {name: value.detach().numpy().copy() for name, value in self.own.items()}
-
-    def log_probabilities(self, values: dict[str, np.ndarray]) -> np.ndarray:
-        import torch
-
-        with torch.no_grad():
-            for name, value in values.items():
-                self.own[name].copy_(torch.from_numpy(value))
-            return self.at_counted(self.model(torch.tensor([one.ids])).logits[0].numpy() for one in self.sequences)
-
-    def at_counted(self, logits: Any) -> np.ndarray:
-        """Log probabilities at the positions that predict a supervised token, (tokens, vocabulary)."""
-        counted = [np.flatnonzero(np.asarray(one.labels[1:]) != -100) for one in self.sequences]
-        return np.concatenate([log_softmax(row[positions]) for row, positions in zip(logits, counted, strict=True)])
-
-    def tuned(self, deltas: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {name: value + deltas[name] if name in deltas else value for name, value in self.base.items()}
-
-    def quantized(self, values: dict[str, np.ndarray], precision: str) -> dict[str, np.ndarray]:
-        recipe, result = recipe_for(precision), {}
-        for name, value in values.items():
-            stem = name.removesuffix(".weight")
-            result[name] = quantize(value, recipe.scheme(Linear(stem, value.shape[1], value.shape[0], None, None, ()))).dequantize()
-        return result
-
-    def runtime_wrong(self, deltas: dict[str, np.ndarray], precision: str) -> float:
-        """What a runtime adapter on the quantized base does wrong to the fine-tune's effect, over the effect."""
-        before = self.quantized(self.base, precision)
-        runtime = {name: value + deltas[name] if name in deltas else value for name, value in before.items()}
-        return self.wrong(deltas, self.log_probabilities(runtime) - self.log_probabilities(before))
-
-    def merged_wrong(self, deltas: dict[str, np.ndarray], precision: str) -> float:
-        """What the merged model, quantized, does wrong to it."""
-        before, after = (self.quantized(values, precision) for values in (self.base, self.tuned(deltas)))
-        return self.wrong(deltas, self.log_probabilities(after) - self.log_probabilities(before))
-
-    def wrong(self, deltas: dict[str, np.ndarray], effect: np.ndarray) -> float:
-        wanted = self.log_probabilities(self.tuned(deltas)) - self.log_probabilities(self.base)
-        return float(((effect - wanted) ** 2).sum() / (wanted**2).sum())
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base with adapters of three ranks that learned a task on it, and their deltas."""
@@ -255,15 +207,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lab_of(trained: Path) -> Lab:
-    interface = Interface.model_validate(artifact.load(trained / "rank4").manifest.interface)
-    corpus = encode_rows(read_rows(trained / "rows.jsonl")[::3], Tokenizer.load(trained / "base"), interface)
-    return Lab(trained / "base", sorted(corpus.sequences, key=lambda one: len(one.ids)))
+    return lab_for(trained / "rank4", trained / "rows.jsonl", max_rows=32)
 
 
-def deltas_of(trained: Path, rank: int, scale: float) -> dict[str, np.ndarray]:
-    after, before = StoredWeights(trained / f"merged{rank}"), StoredWeights(trained / "base")
-    found = {name: after[name] - before[name] for name in after}
-    return {name: np.float32(scale) * value for name, value in found.items() if value.ndim == 2 and value.any()}
+def deltas(trained: Path, rank: int, scale: float) -> dict[str, np.ndarray]:
+    return scaled(deltas_of(trained / f"merged{rank}", trained / "base"), scale)
 
 
 @pytest.mark.slow
@@ -273,9 +221,9 @@ def test_the_prediction_follows_measured_loss_over_ranks_scales_and_precisions(t
     plans: dict[tuple[int, float, str], Plan] = {}
     for case in itertools.product((1, 4, 16), (0.01, 0.05, 0.2, 1.0), ("int4", "int8")):
         rank, scale, precision = case
-        deltas = deltas_of(trained, rank, scale)
-        plans[case] = plan_of(*((name, lab.base[name], lab.base[name] + delta) for name, delta in deltas.items()), precision=precision)
-        measured[case] = lab.merged_wrong(deltas, precision) - lab.runtime_wrong(deltas, precision)
+        change = deltas(trained, rank, scale)
+        plans[case] = plan_of(*((name, lab.base[name], lab.base[name] + delta) for name, delta in change.items()), precision=precision)
+        measured[case] = lab.loss(change, precision)
     predicted = {case: plan.predicted_loss for case, plan in plans.items()}
     assert rank_correlation(list(predicted.values()), list(measured.values())) > 0.95
     ratios = {case: measured[case] / predicted[case] for case in measured}
@@ -308,12 +256,6 @@ def test_the_two_ends_hold_in_real_packages(trained: Path, tmp_path: Path, scale
         runner = open_runner(folder, threads=1)
         logits.append(lab.at_counted(runner.logits(ids)))
         runner.close()
-    deltas = deltas_of(trained, 4, scale)
-    lost = lab.wrong(deltas, logits[0] - logits[1]) - lab.runtime_wrong(deltas, "int4")
+    change = deltas(trained, 4, scale)
+    lost = lab.wrong(change, logits[0] - logits[1]) - lab.runtime_wrong(change, "int4")
     assert lost > 2 * BAR if advice == KEEP else lost < BAR
-
-
-def rank_correlation(first: list[float], second: list[float]) -> float:
-    """Spearman's."""
-    order = [np.argsort(np.argsort(values)) for values in (first, second)]
-    return float(np.corrcoef(*order)[0, 1])

@@ -74,13 +74,18 @@ def combines(sources: Sequence[Source], settings: MergeSettings) -> bool:
 
 
 def weights_for(settings: MergeSettings, count: int) -> list[float]:
-    """Return one weight an adapter.
+    """Return one weight an adapter: those given, or 1 / N each, the mean.
+
+    At weight 1 each the sum is larger than any adapter was when it learned, and answers break: on stories3m, exact match of
+    two SNIPS adapters of 0.99 and 0.98 (intents, and a copied word) after `cat` was 0.12 and 0.13 with 1 each, 0.33 and 0.20
+    with 1 / sqrt(N), 0.15 and 0.23 with 1 / N; intents beside slots (learned to 0.07) kept 0.26, 0.85 and 0.84. Of the two
+    that are near each other, the mean is what a user expects: an adapter merged with its copy is that adapter.
 
     Raises:
         InvalidInput: another number of weights than of adapters.
     """
     if settings.weights is None:
-        return [1.0] * count
+        return [1 / count] * count
     if len(settings.weights) != count:
         raise InvalidInput(
             f"weights: {len(settings.weights)} of them ({', '.join(f'{w:g}' for w in settings.weights)}) for {count} adapters",

@@ -30,10 +30,9 @@ def merge(
 ) -> Artifact | Plan:
     """Merge adapters into their base, or several into one adapter, in float32.
 
-    Several become one first, each with its weight (1 unless told otherwise: as strong as it was trained; less forgets less
-    of what the others learned, and also does less of its own task). The default strategy `cat` stacks their matrices: it
-    is exactly the weighted sum of what they do to the weights, and the only one that takes adapters of any ranks and any
-    layers without losing something; `slmops.adapters.combining` says what the others do.
+    Several become one first, each with its weight (1 / N unless told otherwise: their mean). The default strategy `cat`
+    stacks their matrices: it is exactly the weighted sum of what they do to the weights, and the only one that takes
+    adapters of any ranks and any layers without losing something; `slmops.adapters.combining` says what the others do.
 
     The merged model is run beside base + adapter on a few sequences before it is written. With `data`, each adapter's
     task is scored before (base + that adapter alone) and after, each asked with its own templates.

@@ -64,6 +64,11 @@ class After:
         for task, before in zip(self.tasks, self.before, strict=True):
             after = measure(merged, task, settings)
             lost = points_lost(task.metric, before, after)
+            if lost.low > _REGRETTABLE:
+                draft.warn(
+                    f"{task.source.name} lost {lost.value:.3g} {lost.unit} by the merge: other --weights or another --strategy may lose "
+                    "less, and as a runtime adapter of its own (`slmops pack`) it loses nothing"
+                )
             table.append(
                 {
                     "name": task.source.name,
@@ -80,6 +85,8 @@ class After:
         draft.metrics |= {f"points_lost {row['name']}": {key: row[name] for key, name in _ESTIMATE} for row in table}
 
 
+# Points, or percent of perplexity, that a task surely lost before it is worth a warning.
+_REGRETTABLE = 1.0
 _ESTIMATE = (("value", "points_lost"), ("low", "low"), ("high", "high"), ("n", "rows"))
 
 

@@ -88,7 +88,7 @@ def merge(adapters: tuple[str, ...], call: Call) -> Any:
     base is found through its manifest; templates and stop tokens go along. Adapters of another base are refused.
 
     Several LoRA adapters become one first: `cat`, the default, is exactly the sum of what each does to the weights, times
-    its weight; every other strategy of PEFT loses something for something else, and how much is reported. With --data,
+    its weight (the mean, unless --weights says otherwise); every other strategy of PEFT loses something for something else, and how much is reported. With --data,
     each adapter's task is scored before and after: what the merge costs it stands in the regret table.
 
     --plan writes nothing: it tells how much of the fine-tune a quantizer would leave, layer by layer, and whether to merge

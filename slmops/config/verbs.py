@@ -58,7 +58,7 @@ class MergeSettings(Settings):
 
     base: str | None = setting(None, "base model (default: the one the adapter was trained on)")
     strategy: Strategy = setting("cat", "how several adapters become one; cat is the exact weighted sum, whatever their ranks")
-    weights: list[float] | None = setting(None, "weight of each adapter, in order, such as 0.7,0.3 (default: 1 each)")
+    weights: list[float] | None = setting(None, "weight of each adapter, in order, such as 0.7,0.3 (default: 1/N each, their mean)")
     density: float | None = setting(None, "share of values that ties, dare and magnitude_prune keep (default: 0.5)", gt=0, le=1)
     svd_rank: int | None = setting(None, "rank that the svd strategies keep (default: the largest of the adapters')", ge=1)
     into: Literal["base", "adapter"] = setting("base", "write a merged model, or one combined adapter")
