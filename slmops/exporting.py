@@ -27,6 +27,8 @@ _DEFAULT_MAX_LENGTH = 2048
 # Peak memory of the builder's process and of the quantizer, over the model's float32 bytes (measured: 135 M shape 2.2).
 _MEMORY_FACTOR = 2.5
 _HEAD_DIM_MULTIPLE = 16
+# Of each matrix, for the look at the fine-tune before it is quantized: enough for figures within some percent.
+_PLANNED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
     shape = preflight(artifact.require_model(source), out)
     with artifact.create(out, kind="export", command="export", config=flat(settings), force=settings.force) as draft:
         interface = choose_bounded_interface(source, found, shape, settings.max_length_tokens, draft)
+        _foretell(draft, source, found, settings)
         write_export(draft, source, interface, target, recipe)
         run_once(draft.folder, interface)
     return draft.done()
@@ -120,6 +123,19 @@ def _export_adapter(adapter: Path, out: Path, settings: ExportSettings) -> Artif
     progress.say(f"{adapter} is an adapter: merging it into its base first, as {merged}")
     merge(adapter, out=merged, force=True)
     return export(merged, out=out, config=flat(settings))
+
+
+def _foretell(draft: Draft, source: Path, found: Artifact | None, settings: ExportSettings) -> None:
+    """Warn where little of a fine-tune that was merged will be left in the quantized weights (`slmops merge --plan`)."""
+    from slmops.adapters.planning import FINE, plan_model
+
+    base = found.find("base") if found is not None else None
+    recipe = recipe_for(settings.precision, settings.block_size)  # one of its own: a recipe remembers what it was asked
+    if base is None or not base.is_dir() or not recipe.bits:
+        return
+    plan = plan_model(source, base, recipe, most_rows=_PLANNED_ROWS)
+    if plan is not None and plan.advice != FINE:
+        draft.warn(f"{plan.advice}: {plan.reason}")
 
 
 def choose_bounded_interface(source: Path, found: Artifact | None, shape: Shape, asked: int | None, draft: Draft) -> Interface:

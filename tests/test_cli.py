@@ -190,6 +190,26 @@ def test_a_config_file_for_a_command_without_settings_is_refused(run: Run, tmp_p
     assert "precision: unknown setting" in err
 
 
+def test_merge_takes_several_adapters_and_needs_a_folder_only_where_it_writes(run: Run, tmp_path: Path):
+    from tiny import make_adapter, make_model
+
+    base = make_model(tmp_path / "base")
+    for seed, name in enumerate(("a", "b")):
+        make_adapter(tmp_path / name, base, seed)
+    words = ["merge", tmp_path / "a", f"other={tmp_path}/b", "--base", base, "--weights", "0.7,-0.3"]
+    code, out, _ = run(*words, "--plan", "--json")
+    document = json.loads(out)
+    assert (code, document["command"], document["adapters"]) == (0, "merge", ["a", "other"])
+    assert document["plan"]["advice"] and len(document["plan"]["layers"]) == 14
+    assert run(*words)[0] == 2
+    code, out, _ = run(*words, "-o", tmp_path / "both", "--into", "adapter", "--json")
+    document = json.loads(out)
+    assert (code, document["kind"], document["artifact"]) == (0, "adapter", str(tmp_path / "both"))
+    assert [(part["name"], part["weight"]) for part in document["adapters"]] == [("a", 0.7), ("other", -0.3)]
+    code, _, err = run(*words, "-o", tmp_path / "more", "--strategy", "tie")
+    assert code == 2 and "'tie' is not one of" in err
+
+
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 

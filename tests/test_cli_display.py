@@ -67,6 +67,68 @@ def test_finetune_tells_losses_the_stop_token_and_what_to_type_next():
     assert "next  slmops merge 'runs/my intent' -o runs/merged" in text
 
 
+def test_merge_tells_what_became_of_each_task_and_what_to_type_next():
+    regret = [
+        {
+            "name": "intent",
+            "metric": "exact_match",
+            "before": {"value": 0.98, "low": 0.97, "high": 0.99, "n": 700},
+            "after": {"value": 0.9, "low": 0.88, "high": 0.92, "n": 700},
+            "points_lost": 8.0,
+            "low": 6.1,
+            "high": 9.9,
+        },
+        {
+            "name": "plain",
+            "metric": "perplexity",
+            "before": {"value": 4.0},
+            "after": {"value": 4.4},
+            "points_lost": 10.0,
+            "low": 8,
+            "high": 12,
+        },
+    ]
+    document = {
+        "artifact": "runs/both",
+        "kind": "model",
+        "strategy": "cat",
+        "rank": 24,
+        "adapters": [{"name": "intent", "weight": 0.7, "rank": 16}, {"name": "plain", "weight": 1.0, "rank": 8}],
+        "regret": regret,
+        "metrics": {"distance_from_sum": {"value": 1e-7}, "points_lost intent": {"value": 8.0}},
+    }
+    text = " ".join(shown("merge", document).split())
+    for part in (
+        "intent x 0.7 (rank 16), plain x 1 (rank 8)",
+        "intent exact match 0.98 [0.97, 0.9 [0.88, 8 6.1 to 9.9",
+        "10 %",
+        "strategy cat",
+    ):
+        assert part in text
+    assert "points lost intent" not in text, "it stands in the table"
+    assert "next slmops export runs/both -o runs/int4" in text
+    assert "next slmops merge runs/both -o runs/merged" in " ".join(shown("merge", document | {"kind": "adapter"}).split())
+
+
+def test_a_plan_tells_its_advice_and_the_worst_layers_first():
+    layer = {"bits": 4, "block_size": 32, "p": 0.99, "p_noise": 0.01, "codes_changed": 0.25, "delta_to_step": 0.1}
+    layers = {f"layers.{i}.mlp": layer | {"noise_to_signal": float(i)} for i in range(10)}
+    plan = {"advice": "keep as a runtime adapter", "reason": "because", "predicted_loss": 0.35, "noise_to_signal": 14.0, "layers": layers}
+    text = " ".join(shown("merge", {"plan": plan | {"recipe": {"id": "cpu-int4"}}, "warnings": ["careful"]}).split())
+    for part in (
+        "keep as a runtime adapter because",
+        "35 %",
+        "cpu-int4",
+        "int4/32",
+        "25 %",
+        "and 2 layers that suffer less",
+        "warning: careful",
+    ):
+        assert part in text
+    assert text.index("layers.9.mlp") < text.index("layers.2.mlp")
+    assert "layers.1.mlp" not in text
+
+
 def test_export_tells_target_recipe_and_size():
     recipe = {
         "id": "cpu-int4",

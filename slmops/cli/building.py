@@ -68,15 +68,33 @@ def finetune(model: str, data: str, call: Call) -> Any:
     return slmops.finetune(model, data, config=call.config, **call.overrides)
 
 
-@command("merge", MergeSettings, writes="", examples=("slmops merge runs/adapter -o runs/merged",))
-@click.argument("adapter")
-def merge(adapter: str, call: Call) -> Any:
-    """Merge an adapter.
+@command(
+    "merge",
+    MergeSettings,
+    writes="",
+    unless="plan",
+    examples=(
+        "slmops merge runs/intent -o runs/merged",
+        "slmops merge runs/intent runs/slots -o runs/both --data intent=intents.jsonl --data slots=slots.jsonl",
+        "slmops merge runs/intent runs/slots -o runs/blend --weights 0.7,0.3 --strategy ties_svd --density 0.5 --into adapter",
+        "slmops merge runs/intent --plan --precision int4",
+    ),
+)
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
+def merge(adapters: tuple[str, ...], call: Call) -> Any:
+    """Merge adapters.
 
-    ADAPTER is a folder that `finetune` wrote, or any PEFT folder. The base is found through its manifest; templates
-    and stop tokens go along. An adapter for another base is refused.
+    ADAPTER is a folder that `finetune` wrote, or any PEFT folder; NAME=FOLDER gives it another name than the folder's. The
+    base is found through its manifest; templates and stop tokens go along. Adapters of another base are refused.
+
+    Several LoRA adapters become one first: `cat`, the default, is exactly the sum of what each does to the weights, times
+    its weight (the mean, unless --weights says otherwise); every other strategy of PEFT loses something for something else, and how much is reported. With --data,
+    each adapter's task is scored before and after: what the merge costs it stands in the regret table.
+
+    --plan writes nothing: it tells how much of the fine-tune a quantizer would leave, layer by layer, and whether to merge
+    it, to keep layers in a higher precision, or to keep it as a runtime adapter.
     """
-    return slmops.merge(adapter, config=call.config, **call.overrides)
+    return slmops.merge(list(adapters), config=call.config, **call.overrides)
 
 
 @command(

@@ -22,7 +22,7 @@ COMMANDS = {
     "doctor": Entry("Start", "Check this machine: versions, providers, memory, and what to do about problems.", "starting:doctor"),
     "data": Entry("Build", "Look at a dataset, or clean and split it.", "commands:data"),
     "finetune": Entry("Build", "Train an adapter on a model from a data file.", "building:finetune"),
-    "merge": Entry("Build", "Merge an adapter into its base model.", "building:merge"),
+    "merge": Entry("Build", "Merge adapters into their base model, or several into one.", "building:merge"),
     "export": Entry("Build", "Turn a model into a quantized ONNX package.", "building:export"),
     "pack": Entry("Build", "Put several adapters on one quantized base, switched at run time.", "building:pack"),
     "verify": Entry("Prove", "Prove that a package behaves as its PyTorch model does; exit 5 when not.", "proving:verify"),

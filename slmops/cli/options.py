@@ -72,7 +72,7 @@ Body = Callable[..., Any]
 
 
 def command(
-    path: str, model: type[Settings] | None, *, writes: str | None = None, examples: tuple[str, ...] = ()
+    path: str, model: type[Settings] | None, *, writes: str | None = None, unless: str = "", examples: tuple[str, ...] = ()
 ) -> Callable[[Body], Command]:
     """Make a command of a body that takes its arguments by name and a `Call`, and returns the result to show.
 
@@ -80,6 +80,7 @@ def command(
         path: the command's name, with its group: "export", "data inspect".
         model: settings whose fields become options; None where there are none.
         writes: "" where `-o/--out` must be given, a path where that is its default, None where nothing is written.
+        unless: a switch with which nothing is written, and `-o` need not be given.
         examples: lines for the help text.
     """
 
@@ -98,6 +99,9 @@ def command(
             overrides = {name: value for name, value in overrides.items() if value not in (None, ())}
             if out is not None:
                 overrides["out"] = out
+            elif unless and not overrides.get(unless):
+                context = click.get_current_context()
+                raise click.MissingParameter(ctx=context, param=next(p for p in context.command.params if p.name == "out"))
             perform(path, lambda: body(call=Call(config, overrides), **values), as_json=as_json, quiet=quiet)
 
         name = path.split()[-1]
@@ -106,7 +110,7 @@ def command(
         return Command(
             name,
             callback=callback,
-            params=[*arguments, *_out(writes), *(settings_options(model) if model else ()), *_common()],
+            params=[*arguments, *_out(writes, unless), *(settings_options(model) if model else ()), *_common()],
             help=f"{entry.summary}\n\n{_dedented(details)}".strip(),
             short_help=entry.summary,
             examples=examples,
@@ -190,13 +194,14 @@ def _decoded(model: type[Settings] | None, name: str, value: Any) -> Any:
     return value
 
 
-def _out(writes: str | None) -> Iterator[Option]:
+def _out(writes: str | None, unless: str) -> Iterator[Option]:
     if writes is not None:
         text = f"folder to write [default: {writes}]" if writes else "folder to write (must be new, or see --force)"
+        text += f"; not needed with --{unless}" if unless else ""
         yield Option(
             ["out", "-o", "--out"],
             type=click.Path(path_type=Path),
-            **({"default": Path(writes)} if writes else {"required": True}),
+            **({"default": Path(writes)} if writes else {"required": not unless}),
             metavar="DIR",
             help=text,
             heading="Output",

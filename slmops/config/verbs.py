@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import field_validator
 
 from slmops.config.base import Settings, setting
 
 Metric = Literal["exact_match", "accuracy", "f1", "perplexity"]
+Strategy = Literal[
+    "cat",
+    "linear",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+"""What PEFT's `add_weighted_adapter` can do (peft 0.21)."""
 
 
 class InspectSettings(Settings):
@@ -40,7 +57,34 @@ class MergeSettings(Settings):
     """`slmops merge`."""
 
     base: str | None = setting(None, "base model (default: the one the adapter was trained on)")
+    strategy: Strategy = setting("cat", "how several adapters become one; cat is the exact weighted sum, whatever their ranks")
+    weights: list[float] | None = setting(None, "weight of each adapter, in order, such as 0.7,0.3 (default: 1/N each, their mean)")
+    density: float | None = setting(None, "share of values that ties, dare and magnitude_prune keep (default: 0.5)", gt=0, le=1)
+    svd_rank: int | None = setting(None, "rank that the svd strategies keep (default: the largest of the adapters')", ge=1)
+    into: Literal["base", "adapter"] = setting("base", "write a merged model, or one combined adapter")
+    seed: int = setting(0, "seed of what dare drops", ge=0)
+    data: list[str] | None = setting(None, "NAME=FILE: rows to score that adapter's task on, before and after the merge")
+    max_rows: int | None = setting(None, "of each --data use only the first N rows", ge=1)
+    threads: int | None = setting(None, "threads of the scoring (default: one for a tiny model, else all cores)", ge=1)
+    plan: bool = setting(False, "write nothing; foretell what a quantizer would leave of the fine-tune")
+    precision: Literal["int8", "int4"] = setting("int4", "precision that --plan looks at")
+    block_size: int | None = setting(None, "block size that --plan looks at (default: by the layer's width)", ge=16)
     force: bool = setting(False, "replace an output folder that slmops wrote")
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _split_weights(cls, value: Any) -> Any:
+        """Take `0.7,0.3` for the two numbers."""
+        if not isinstance(value, (str, list, tuple)):
+            return value
+        parts = [value] if isinstance(value, str) else list(value)
+        return [piece for part in parts for piece in (part.split(",") if isinstance(part, str) else [part])]
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _name_data(cls, value: Any) -> Any:
+        """Take a mapping of names to files for the `NAME=FILE` of each."""
+        return [f"{name}={file}" for name, file in value.items()] if isinstance(value, Mapping) else value
 
 
 class ExportSettings(Settings):

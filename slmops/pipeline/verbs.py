@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from slmops import config
 from slmops.config import Settings
 
-DECIDED = ("out", "force", "resume", "predictions")
-"""Settings that the pipeline decides for every step: where it writes, and whether it replaces or goes on."""
+DECIDED = ("out", "force", "resume", "predictions", "plan", "into")
+"""Settings that the pipeline decides for every step: where it writes and what, and whether it replaces or goes on."""
 
 
 @dataclass(frozen=True)

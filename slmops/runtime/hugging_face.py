@@ -180,17 +180,17 @@ def load_adapted(base: Path, adapter: Path, *, precision: str = "fp32", nf4: boo
     return adapted.eval()
 
 
-def refuse_misfits(adapted: Any, adapter: Path) -> None:
+def refuse_misfits(adapted: Any, adapter: Path, name: str = "default") -> None:
     """Raise BadArtifact where PEFT loaded tensors into nothing, or found none for a place: it says no word either way.
 
-    What has no place has no effect, and a place without its tensors keeps an adapter of zero.
+    What has no place has no effect, and a place without its tensors keeps an adapter of zero. `name` is the adapter's in the model.
     """
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
 
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as stored:
         names = set(stored.keys())
-    places = set(get_peft_model_state_dict(adapted))
+    places = set(get_peft_model_state_dict(adapted, adapter_name=name))
     lost, empty = sorted(names - places), sorted(places - names)
     if lost:
         raise BadArtifact(

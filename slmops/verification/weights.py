@@ -1,25 +1,24 @@
 """Is the graph the one that was asked for, and is the fine-tune still in its weights?
 
-`retention`, in weight space and without data: for each adapted layer, with D what the fine-tune changed in float,
-p = <W_package - W_base, D> / <D, D>. It is 1 when the fine-tune is there, 0 when it is gone (merged into a coarse grid and
-rounded off, dropped, the base passed off), 1.5 when it was scaled so. Rounding to a grid of step s adds noise of about
-s / sqrt(12) / ||D||, small because D has thousands of entries.
+`retention`, in weight space and without data: the share p of the fine-tune in each adapted layer (`slmops.graph.survival`).
+It is 1 when the fine-tune is there, 0 when it is gone (merged into a coarse grid and rounded off, dropped, the base passed
+off), 1.5 when it was scaled so.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slmops import environment, progress
+from slmops import progress
 from slmops.graph import checking
 from slmops.graph.linears import Linear, Model, linears, load_graph, parts, quantized, weights
 from slmops.graph.rewriting import FULL, MAIN
+from slmops.graph.survival import Share, pooled, share_of
 from slmops.runtime.hugging_face import parameter_shapes
+from slmops.runtime.stored_weights import StoredWeights
 from slmops.verification.stages import Stage, Verdict, within
 from slmops.verification.subject import Subject
 from slmops.verification.texts import PROBES
@@ -72,24 +71,6 @@ def _last_token_problems(subject: Subject) -> list[str]:
     return [f"the last token's logits differ by {largest:.2g} between {MAIN} and its twin"] if largest > bar else []
 
 
-@dataclass(frozen=True)
-class Share:
-    """How much of the fine-tune is in one layer of the package."""
-
-    layer: str
-    product: float
-    """<W_package - W_base, D>"""
-    energy: float
-    """<D, D>"""
-    noise: float
-    """Standard deviation that rounding gives p."""
-
-    @property
-    def p(self) -> float:
-        """1: all of the fine-tune; 0: none."""
-        return self.product / self.energy
-
-
 def shares(graph: Model, tuned: Path, base: Path) -> list[Share]:
     """Measure the fine-tune's share in every layer that it changed.
 
@@ -99,53 +80,35 @@ def shares(graph: Model, tuned: Path, base: Path) -> list[Share]:
         base: the model before the fine-tune.
     """
     shapes = parameter_shapes(tuned)
-    after, before = _Weights(tuned), _Weights(base)
-    result = []
+    after, before = StoredWeights(tuned), StoredWeights(base)
+    result: list[Share] = []
     layers = linears(graph)
     with progress.task("retention in the weights", total=len(layers), unit="layers") as task:
         for linear in layers:
             package = weights(graph, linear)
             steps = _steps(graph, linear)
             for name, rows in parts(linear.name, shapes):
-                old = before[name]
-                delta = after[name] - old
-                energy = float(np.vdot(delta, delta))
-                if energy > 0:
-                    product = float(np.vdot(package[rows] - old, delta))
-                    noise = float(np.sqrt((steps[rows] ** 2).mean() / 12) / math.sqrt(energy)) if steps is not None else 0.0
-                    result.append(Share(name.removesuffix(".weight"), product, energy, noise))
+                own = steps[rows] if steps is not None else None
+                share = share_of(name.removesuffix(".weight"), package[rows], before[name], after[name], own)
+                if share is not None:
+                    result.append(share)
             task.advance()
     return result
 
 
 def weight_verdicts(found: list[Share], bar: float) -> tuple[list[Verdict], dict[str, Any], dict[str, Any]]:
     """Hold the shares, pooled and layer by layer, against their bars; return verdicts, figures and bars."""
-    pooled = sum(s.product for s in found) / sum(s.energy for s in found)
-    noise = math.sqrt(sum((s.noise * s.energy) ** 2 for s in found)) / sum(s.energy for s in found)
+    p, noise = pooled(found)
     worst = max(found, key=lambda s: abs(s.p - 1) - _NOISE_WIDTHS * s.noise)
-    verdicts = [within("p, pooled", pooled, 1 - bar, 1 + bar)]
+    verdicts = [within("p, pooled", p, 1 - bar, 1 + bar)]
     band = _LAYER_BAND + _NOISE_WIDTHS * worst.noise
     verdicts.append(within(f"p, worst layer ({worst.layer})", worst.p, round(1 - band, 3), round(1 + band, 3)))
     figures = {
-        "p": pooled,
+        "p": p,
         "p_noise": noise,
         "layers": {s.layer: {"p": s.p, "noise": s.noise} for s in found},
     }
     return verdicts, figures, {"p": [1 - bar, 1 + bar], "p_layer": [1 - _LAYER_BAND, 1 + _LAYER_BAND]}
-
-
-class _Weights:
-    """The parameters of a Hugging Face folder, read one at a time, as float32."""
-
-    def __init__(self, folder: Path) -> None:
-        safetensors = environment.require("safetensors", "to read weights")
-        self.places = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            stored = safetensors.safe_open(file, framework="pt")  # numpy has no bfloat16
-            self.places |= dict.fromkeys(stored.keys(), stored)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.places[name].get_tensor(name).float().numpy()
 
 
 def _steps(graph: Model, linear: Linear) -> np.ndarray | None:

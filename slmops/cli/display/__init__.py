@@ -19,7 +19,7 @@ _RENDERERS = {
     "evaluate": "measured:evaluation",
     "export": "built:exported",
     "finetune": "built:finetuned",
-    "merge": "built:merged",
+    "merge": "merges:merged",
     "quickstart": "roads:demo",
     "run": "roads:pipeline",
     "show": "origins:lineage",

@@ -1,4 +1,4 @@
-"""How do `finetune`, `merge` and `export` report what they made?"""
+"""How do `finetune` and `export` report what they made?"""
 
 from __future__ import annotations
 
@@ -34,24 +34,6 @@ def finetuned(page: Page, document: Mapping[str, Any]) -> None:
         page.next(f"slmops merge {shell(out)} -o {beside(out, 'merged')}")
 
 
-def merged(page: Page, document: Mapping[str, Any]) -> None:
-    """Write size, the check of the merge, and the next command."""
-    out = document.get("artifact", "")
-    page.heading(f"{document.get('kind', 'model')} written to {out}")
-    page.facts(
-        [
-            ("parameters", number(document.get("parameters"))),
-            ("precision", document.get("precision")),
-            ("size", size(document.get("size_bytes"))),
-            *_metrics(document),
-            ("time", duration(document.get("seconds"))),
-        ]
-    )
-    page.warnings(document)
-    if out:
-        page.next(f"slmops export {shell(out)} -o {beside(out, 'int4')} --precision int4")
-
-
 def exported(page: Page, document: Mapping[str, Any]) -> None:
     """Write target, recipe, size, and the next commands."""
     out = document.get("artifact", "")
@@ -65,7 +47,7 @@ def exported(page: Page, document: Mapping[str, Any]) -> None:
             ("recipe", recipe_line(document.get("recipe"))),
             ("size", _joined(size(document.get("size_bytes")), f"{number(each, 3)} bytes a parameter" if each else "")),
             ("longest sequence", f"{number(document['max_length_tokens'])} tokens" if document.get("max_length_tokens") else ""),
-            *_metrics(document),
+            *metrics(document),
             ("time", duration(document.get("seconds"))),
         ]
     )
@@ -91,7 +73,8 @@ def _scheme(scheme: Any) -> str:
     return f"int{scheme.get('bits')}/{scheme.get('block_size')}"
 
 
-def _metrics(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+def metrics(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a document's metrics as facts."""
     return [(name.replace("_", " "), number(value)) for name, value in (document.get("metrics") or {}).items()]
 
 
