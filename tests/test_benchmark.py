@@ -238,9 +238,9 @@ def test_bytes_read_a_token(folders: dict[str, Path], tmp_path: Path):
 
 
 def test_the_neutral_text_becomes_pieces_that_every_model_takes(folders: dict[str, Path]):
-    assert len(accuracy.neutral_text().split()) >= 600 and len(accuracy.neutral_text().split("\n\n")) == 10
+    assert len(neutral.neutral_text().split()) >= 600 and len(neutral.neutral_text().split("\n\n")) == 10
     interface = Interface(bos_token_id=1, max_length_tokens=16)
-    pieces = accuracy.text_pieces(Tokenizer.load(folders["model"]), interface)
+    pieces = neutral.text_pieces(Tokenizer.load(folders["model"]), interface)
     assert all(piece[0] == 1 and 1 < len(piece) <= 16 for piece in pieces)
 
 

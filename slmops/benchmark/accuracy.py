@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,11 +16,9 @@ from typing import Any
 from slmops import progress, results
 from slmops.benchmark.sides import Side
 from slmops.data import Encoded, Interface, Row, Tokenizer, encode_rows
-from slmops.data.encoding import with_bos
 from slmops.evaluation import Answer, Question, RowLoss, answers_of, longest_answer_tokens, perplexity, questions_of, score
+from slmops.evaluation.neutral import text_pieces
 from slmops.results import Estimate
-
-_PIECE_TOKENS = 128
 
 
 @dataclass
@@ -97,22 +94,6 @@ def measure_text(sides: Sequence[Side], tokenizer: Tokenizer, interface: Interfa
     found = _compare_losses(losses)
     found.metrics[0]["kl_nats"] = replace(results.mean(kl, positions), unit="nats")
     found.metrics[0]["top1_agreement"] = results.proportion(same, sum(positions))
-    return found
-
-
-def neutral_text() -> str:
-    """Return the text that slmops brings: ten paragraphs of different kinds, of our own writing."""
-    return resources.files("slmops.benchmark").joinpath("neutral.txt").read_text(encoding="utf-8")
-
-
-def text_pieces(tokenizer: Tokenizer, interface: Interface) -> list[list[int]]:
-    """Return the neutral text as ids: a piece a paragraph, cut at 128 tokens or the model's own length."""
-    longest = min(_PIECE_TOKENS, interface.max_length_tokens)
-    found = []
-    for ids in tokenizer.encode_batch(neutral_text().strip().split("\n\n")):
-        found += [
-            piece for start in range(0, len(ids), longest - 1) if len(piece := with_bos(ids[start : start + longest - 1], interface)) > 1
-        ]
     return found
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from slmops import artifact
 from slmops.artifact import Artifact
-from slmops.benchmark.accuracy import Task, neutral_text, task_of
+from slmops.benchmark.accuracy import Task, task_of
 from slmops.data import Interface, Tokenizer, load_splits, row_format_of
 from slmops.data.encoding import with_bos
 from slmops.errors import BadArtifact, InvalidInput, Unavailable
+from slmops.evaluation.neutral import neutral_text
 from slmops.runtime import hugging_face
 from slmops.runtime.loading import interface_of, kind_of
 

@@ -11,8 +11,9 @@ from slmops import artifact
 from slmops.artifact import Artifact
 from slmops.data import Interface, Tokenizer, encode_prompt, read_rows, row_format_of
 from slmops.errors import BadArtifact, InvalidInput
+from slmops.graph import carrying
 from slmops.graph.lora import A, Slot
-from slmops.packing import carrying, pairs
+from slmops.packing import pairs
 from slmops.runtime import adapter_files, hugging_face
 from slmops.runtime.loading import interface_of
 

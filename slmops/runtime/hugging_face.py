@@ -169,8 +169,21 @@ def load_adapted(base: Path, adapter: Path, *, precision: str = "fp32", nf4: boo
         BadArtifact: a tensor of the adapter has no place in this base, or the wrong shape; or the quantized weights that it
             was trained on are gone.
     """
+    return attach(load_base_of(base, adapter, precision=precision, nf4=nf4), adapter, base)
+
+
+def attach(model: Any, adapter: Path, base: Path) -> nn.Module:
+    """Put an adapter on a loaded base.
+
+    Args:
+        model: the base, in memory.
+        adapter: the PEFT folder.
+        base: where the base came from, for the messages.
+
+    Raises:
+        BadArtifact: a tensor of the adapter has no place in this base, or the wrong shape.
+    """
     peft = environment.require("peft", "to load an adapter")
-    model = load_base_of(base, adapter, precision=precision, nf4=nf4)
     try:
         adapted = peft.PeftModel.from_pretrained(model, adapter, is_trainable=False)
     except (RuntimeError, ValueError, KeyError) as error:

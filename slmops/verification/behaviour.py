@@ -29,12 +29,19 @@ def check_logits(subject: Subject, bars: Bars) -> Stage:
     shown = {name: getattr(bars, name) for name in ("kl", "top1", "nmse", "difference") if getattr(bars, name) is not None}
     if bars.overridden:
         shown["overridden"] = list(bars.overridden)
-    if not subject.rows:
+    if not subject.corpus.sequences:
         return Stage("logits", "inconclusive", "no held-out rows are known: give some with --data", {}, shown)
     comparison = compare(subject.reference, subject.candidate, subject.corpus.sequences, label="logits", tie=2 * (bars.difference or 0.0))
     figures = logits_figures(comparison)
     figures["rows_from"] = subject.rows_from
-    return concluded("logits", logits_verdicts(comparison, bars), figures, shown, "the package does not compute what PyTorch does")
+    advice = "the package does not compute what PyTorch does"
+    if not subject.is_plain_base or bars.nmse is not None:
+        return concluded("logits", logits_verdicts(comparison, bars), figures, shown, advice)
+    # What quantizing costs the base on a text that is nobody's task is reported, and what it computes is proven against its own weights.
+    figures["rows_from"] = "text that the base wrote in PyTorch"
+    verdict = twin_verdict(subject, weights.load_graph(subject.graph_path), subject.corpus.sequences, figures)
+    reported = Verdict(verdict.status, f"base: {verdict.text} on text of its own, where quantizing costs {comparison.mean_kl.value:.3g}: reported, give rows with --data base=FILE to gate it")
+    return concluded("logits", [reported], figures, {"twin_kl": subject.settings.twin_bar}, advice)
 
 
 def logits_figures(comparison: Comparison) -> dict[str, Any]:
@@ -149,13 +156,13 @@ def check_retention(subject: Subject) -> Stage:
     settings = subject.settings
     verdicts, figures, bars = weights.weight_verdicts(found, settings.retention_bar)
     if subject.rows:
-        chosen = _few(subject.corpus.sequences)
-        verdicts += [_twin(subject, graph, chosen, figures), _effect(subject, chosen, figures)]
+        chosen = few(subject.corpus.sequences)
+        verdicts += [twin_verdict(subject, graph, chosen, figures), effect_verdict(subject, chosen, figures)]
         bars |= {"twin_kl": settings.twin_bar, "effect": [1 - settings.effect_bar, 1 + settings.effect_bar]}
     return concluded("retention", verdicts, figures, bars, "the fine-tune is not in the package as it was trained")
 
 
-def _twin(subject: Subject, graph: weights.Model, sequences: list[Encoded], figures: dict[str, Any]) -> Verdict:
+def twin_verdict(subject: Subject, graph: weights.Model, sequences: list[Encoded], figures: dict[str, Any]) -> Verdict:
     """Compare the package with PyTorch on the package's own dequantized weights: only arithmetic is left to differ."""
     twin = twin_runner(subject, graph)
     figures["twin_kl"] = compare(twin, subject.candidate, sequences, label="twin test").mean_kl
@@ -164,23 +171,27 @@ def _twin(subject: Subject, graph: weights.Model, sequences: list[Encoded], figu
 
 
 def twin_runner(subject: Subject, graph: weights.Model) -> Runner:
-    """Return PyTorch with the package's weights."""
+    """Return PyTorch with the package's weights, and with the adapter where one is proven."""
+    from slmops.runtime import hugging_face
     from slmops.runtime.quantized_base import twin
 
-    return TorchRunner(twin(graph, subject.baseline), subject.baseline, subject.threads)
+    if subject.adapter is None:
+        return TorchRunner(twin(graph, subject.baseline), subject.baseline, subject.threads)
+    assert subject.base is not None
+    return TorchRunner(hugging_face.attach(twin(graph, subject.base), subject.baseline, subject.base), subject.baseline, subject.threads)
 
 
-def _effect(subject: Subject, sequences: list[Encoded], figures: dict[str, Any]) -> Verdict:
+def effect_verdict(subject: Subject, sequences: list[Encoded], figures: dict[str, Any]) -> Verdict:
     """Compare the fine-tune's effect on the logits, KL(with it || without it), of the package and of PyTorch.
 
     Not KL(without || with): that is ruled by the logits of tokens that the fine-tune made all but impossible, which
-    nothing trains (int4 of stories3m's SNIPS intents: ratio 0.928, and 0.9998 this way round).
+    nothing trains (int4 of stories3m's SNIPS intents: ratio 0.928, and 0.9998 this way round). A packed adapter is held
+    against the package's own base, a merged one against PyTorch's: of that the package has no other.
     """
-    from slmops.runtime.loading import open_model
-
     assert subject.base is not None
-    base = open_model(subject.base, threads=subject.threads).runner
-    package = compare(subject.candidate, base, sequences, label="effect in the package").mean_kl.value
+    base = TorchRunner(_without(subject), subject.base, subject.threads)
+    own = subject.opened.runner(None) if subject.opened is not None else base
+    package = compare(subject.candidate, own, sequences, label="effect in the package").mean_kl.value
     torch = compare(subject.reference, base, sequences, label="effect in PyTorch").mean_kl.value
     base.close()
     figures |= {"effect": package / torch, "effect_package_kl": package, "effect_pytorch_kl": torch}
@@ -188,7 +199,17 @@ def _effect(subject: Subject, sequences: list[Encoded], figures: dict[str, Any])
     return within("effect ratio", package / torch, 1 - bar, 1 + bar)
 
 
-def _few(sequences: list[Encoded]) -> list[Encoded]:
+def _without(subject: Subject) -> Any:
+    """Return the PyTorch model without the fine-tune: the base, or what an adapter was trained around."""
+    from slmops.runtime import hugging_face
+
+    assert subject.base is not None
+    if subject.adapter is not None:
+        return hugging_face.load_base_of(subject.base, subject.baseline)
+    return hugging_face.load_model(subject.base)
+
+
+def few(sequences: list[Encoded]) -> list[Encoded]:
     """Return evenly spaced sequences (they are sorted by length)."""
     step = max(1, -(-len(sequences) // _FEW_ROWS))
     return sequences[::step]

@@ -14,7 +14,9 @@ from slmops.config import VerifySettings, flat, load
 from slmops.errors import BadArtifact
 from slmops.runtime import loading
 from slmops.verification import behaviour, surface, weights
+from slmops.verification.adapters import check_adapters
 from slmops.verification.bars import bars_for
+from slmops.verification.self_test import check_self_test
 from slmops.verification.stages import NAMES, Stage
 from slmops.verification.subject import Subject, find_subject
 
@@ -77,7 +79,10 @@ def verify(package: str | Path, *, config: Any = None, **overrides: Any) -> Veri
     found, edited = _manifest(folder)
     stages = [surface.check_files(found, edited)]
     subject, precision, warnings = None, "", []
-    if stages[0].status != "fail":
+    if settings.self_test and stages[0].status != "fail":
+        precision = str(found.manifest.facts.get("precision", "")) if found is not None else ""
+        stages.append(check_self_test(folder, found, settings.adapter, settings.threads))
+    elif stages[0].status != "fail":
         subject = find_subject(folder, found, settings)
         precision = subject.precision
         stages += _run(subject, warnings)
@@ -97,8 +102,8 @@ def _run(subject: Subject, warnings: list[str]) -> list[Stage]:
         "logits": lambda: behaviour.check_logits(subject, bars),
         "text": lambda: behaviour.check_text(subject, bars),
         "retention": lambda: behaviour.check_retention(subject),
-        "adapters": lambda: Stage("adapters", "skipped", "the package has no runtime adapters"),
-        "self_test": lambda: Stage("self_test", "skipped", "the package carries no self-test"),
+        "adapters": lambda: check_adapters(subject, bars),
+        "self_test": lambda: check_self_test(subject.package, subject.found, subject.settings.adapter, subject.threads),
     }
     stages = []
     for name in NAMES[1:]:

@@ -40,6 +40,8 @@ def check_graph(subject: Subject) -> Stage:
     ]
     if subject.found is not None and "recipe" in subject.found.manifest.facts:
         problems += checking.problems(subject.package, subject.found.manifest.facts["recipe"]["options"])
+    if subject.adapters:
+        problems += checking.adapter_problems(subject.package)
     problems += _last_token_problems(subject)
     schemes: dict[str, int] = {}
     for linear in found:
