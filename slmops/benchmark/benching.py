@@ -46,9 +46,10 @@ def bench(package: str | Path, *, config: Any = None, **overrides: Any) -> Bench
         artifact.refuse_occupied(settings.out, force=settings.force)
     folder = Path(package)
     found = subjects.check(folder)
-    baseline, warnings = subjects.find_baseline(folder, found, settings.baseline)
+    adapter = tuple(settings.adapter or ())
+    baseline, warnings = subjects.find_baseline(folder, found, settings.baseline, adapter)
     threads = settings.threads or default_threads(baseline or folder)
-    models = [Model("candidate", folder, threads)]
+    models = [Model("candidate", folder, threads, adapter=adapter)]
     if baseline is not None:
         subjects.check(baseline)
         models.append(Model("baseline", baseline, threads, settings.baseline_precision))
@@ -60,7 +61,9 @@ def _measure(models: Sequence[Model], settings: BenchSettings, warnings: list[st
     with ExitStack() as stack:
         sides = _start(models, stack)
         tokenizer = subjects.read_tokenizer(models[0].folder)
-        interface = subjects.read_interface([model.folder for model in models], min(side.start.max_length_tokens for side in sides))
+        interface = subjects.read_interface(
+            [model.folder for model in models], min(side.start.max_length_tokens for side in sides), models[0].adapter
+        )
         task = subjects.read_task(settings.data, settings.metric, settings.max_rows, tokenizer, interface) if settings.data else None
         prompt, new_tokens, cut = subjects.timed_prompt(
             task, tokenizer, interface, prompt_tokens=settings.prompt_tokens, new_tokens=settings.new_tokens

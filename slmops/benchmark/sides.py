@@ -36,6 +36,8 @@ class Model:
     threads: int
     precision: str = "fp32"
     """Of a PyTorch model in memory."""
+    adapter: tuple[str, ...] = ()
+    """Of a package: what is on, as it is typed: NAME or NAME=WEIGHT."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Side:
             start_new_session=True,
         )
         try:
-            reply = self.ask("load", folder=str(model.folder.resolve()), threads=model.threads, precision=model.precision)
+            options = {"threads": model.threads, "precision": model.precision, "adapter": list(model.adapter)}
+            reply = self.ask("load", folder=str(model.folder.resolve()), **options)
         except BaseException:
             self.close()
             raise

@@ -14,7 +14,8 @@ from slmops.data.encoding import with_bos
 from slmops.errors import BadArtifact, InvalidInput, Unavailable
 from slmops.evaluation.neutral import neutral_text
 from slmops.runtime import hugging_face
-from slmops.runtime.loading import interface_of, kind_of
+from slmops.runtime.loading import interface_of, kind_of, parse_selection
+from slmops.runtime.package import interface_with
 
 
 def check(folder: Path) -> Artifact | None:
@@ -32,8 +33,10 @@ def check(folder: Path) -> Artifact | None:
     return found
 
 
-def find_baseline(package: Path, found: Artifact | None, given: str | None) -> tuple[Path | None, list[str]]:
+def find_baseline(package: Path, found: Artifact | None, given: str | None, adapter: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
     """Return what to compare with (None: nothing), and warnings.
+
+    Of a package with an adapter on it is the PEFT folder that was packed; a weighted sum of adapters has no such thing.
 
     Raises:
         InvalidInput: nobody says which model the package was exported from.
@@ -54,8 +57,12 @@ def find_baseline(package: Path, found: Artifact | None, given: str | None) -> t
         return None, [f"{package} is itself a PyTorch model: measured alone (compare it with --baseline MODEL)"]
     if not has_torch:
         return None, ["PyTorch is not installed here: measured alone, without the baseline"]
-    recorded = found.manifest.input("baseline") if found is not None else None
-    place = found.find("baseline") if found is not None else None
+    selection = parse_selection(adapter)
+    if selection and list(selection.values()) != [1.0]:
+        return None, ["adapters in a weighted sum have no PyTorch model beside them: measured alone"]
+    role = f"adapter {next(iter(selection))}" if selection else "baseline"
+    recorded = found.manifest.input(role) if found is not None else None
+    place = found.find(role) if found is not None else None
     hint = "name it with --baseline MODEL, or measure alone with --baseline none"
     if recorded is None:
         raise InvalidInput(f"nothing says which PyTorch model {package} was exported from", hint)
@@ -81,14 +88,18 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.load(folder if has_one else _base_of(folder))
 
 
-def read_interface(folders: Sequence[Path], limit: int) -> Interface:
+def read_interface(folders: Sequence[Path], limit: int, adapter: Sequence[str] = ()) -> Interface:
     """Return the interface that the candidate brings, or else the baseline, or else what can be told of the candidate.
 
     Args:
         folders: the candidate, and the baseline where there is one.
         limit: tokens that every side can take.
+        adapter: of a package: what is on.
     """
     artifacts = [artifact.find(folder) for folder in folders]
+    if adapter and artifacts[0] is not None:
+        interface = interface_with(artifacts[0], parse_selection(adapter))
+        return interface.model_copy(update={"max_length_tokens": min(interface.max_length_tokens, limit)})
     brings = next((i for i, found in enumerate(artifacts) if found is not None and found.manifest.interface is not None), 0)
     interface = interface_of(folders[brings], artifacts[brings])
     return interface.model_copy(update={"max_length_tokens": min(interface.max_length_tokens, limit)})

@@ -22,7 +22,7 @@ from slmops import environment, results
 from slmops.data import Encoded
 from slmops.errors import SlmopsError
 from slmops.evaluation.losses import surprise, token_losses
-from slmops.runtime.loading import kind_of, open_runner
+from slmops.runtime.loading import kind_of, open_runner, parse_selection
 from slmops.runtime.runner import Runner
 
 _PR_SET_PDEATHSIG, _SIGKILL = 1, 9
@@ -53,12 +53,12 @@ class Worker:
             except SlmopsError as error:
                 self._send({"error": {"type": type(error).__name__, "message": error.message, "hint": error.hint}})
 
-    def load(self, folder: str, threads: int, precision: str) -> dict[str, Any]:
+    def load(self, folder: str, threads: int, precision: str, adapter: list[str]) -> dict[str, Any]:
         """Load the model; its engine's libraries are imported first and timed apart."""
         started = time.perf_counter()
         _import_engine(kind_of(Path(folder)))
         imported = time.perf_counter()
-        self.runner = open_runner(folder, threads=threads, precision=precision)
+        self.runner = open_runner(folder, threads=threads, precision=precision, adapter=parse_selection(adapter))
         self.runner.prepare()
         return {
             "import_seconds": imported - started,

@@ -24,4 +24,3 @@ def text_pieces(tokenizer: Tokenizer, interface: Interface) -> list[list[int]]:
             piece for start in range(0, len(ids), longest - 1) if len(piece := with_bos(ids[start : start + longest - 1], interface)) > 1
         ]
     return found
-

@@ -151,9 +151,10 @@ def load_base_of(base: Path, adapter: Path, *, precision: str = "fp32", nf4: boo
     quantized = quantized_base.quantized_base_of(found, base) if found is not None else None
     if quantized is not None:
         return quantized_base.load_dequantized(base, quantized, precision=precision)
-    nf4 = nf4 if nf4 is not None else found is not None and found.manifest.facts.get("method") == "qlora"
-    model: Any = load_model(base, precision=precision, nf4=nf4, device="cpu" if nf4 else None)
-    return model.dequantize() if nf4 else model
+    by_manifest = found is not None and found.manifest.facts.get("method") == "qlora"
+    held = nf4 if nf4 is not None else by_manifest
+    model: Any = load_model(base, precision=precision, nf4=held, device="cpu" if held else None)
+    return model.dequantize() if held else model
 
 
 def load_adapted(base: Path, adapter: Path, *, precision: str = "fp32", nf4: bool | None = None) -> nn.Module:

@@ -94,7 +94,7 @@ def weights_hash(values: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(values):
         digest.update(f"{name} {values[name].shape}\n".encode())
-        digest.update(np.ascontiguousarray(values[name], dtype="<f4"))
+        digest.update(np.ascontiguousarray(values[name], dtype="<f4").data)
     return digest.hexdigest()
 
 

@@ -105,37 +105,36 @@ def _check_tensors(subject: Subject, name: str) -> Stage:
     if wrong:
         return Stage("tensors", "fail", f"{'; '.join(wrong[:3])}: pack it again", {"problems": wrong}, bars)
     assert subject.base is not None
-    found = slots(load_graph(subject.graph_path), hugging_face.parameter_shapes(subject.base))
-    expected = _products(subject.reference)
+    products = dict(
+        item
+        for slot in slots(load_graph(subject.graph_path), hugging_face.parameter_shapes(subject.base))
+        for item in _file_products(slot, tensors)
+    )
     energy = inner = error = 0.0
-    missing, extra = [], []
-    for slot in found:
-        for parameter, product in _file_products(slot, tensors):
-            wanted = expected.pop(parameter, None)
-            if wanted is None:
-                extra += [parameter] if np.any(product) else []
-                continue
-            missing += [parameter] if not np.any(product) and np.any(wanted) else []
-            energy += float(np.vdot(wanted, wanted))
-            inner += float(np.vdot(product, wanted))
-            error += float(((product - wanted) ** 2).sum())
-    missing += [parameter for parameter, wanted in expected.items() if np.any(wanted)]
+    missing, changed = [], 0
+    for parameter, wanted in _products(subject.reference).items():
+        product = products.pop(parameter, np.zeros_like(wanted))
+        changed += bool(np.any(wanted))
+        missing += [parameter] if np.any(wanted) and not np.any(product) else []
+        energy += float(np.vdot(wanted, wanted))
+        inner += float(np.vdot(product, wanted))
+        error += float(((product - wanted) ** 2).sum())
+    extra = sorted(products)
     difference = float(np.sqrt(error / energy)) if energy else float("inf")
     figures = {"difference": difference, "scale": inner / energy if energy else 0.0, "missing": missing, "extra": extra}
-    text = _tensor_problem(difference, figures["scale"], missing, extra, energy, error, inner)
+    text = _tensor_problem(figures, energy, error, all_missing=len(missing) == changed)
     if text:
         return Stage("tensors", "fail", f"{text}: pack it again", figures, bars)
     return Stage("tensors", "pass", f"all pairs are PEFT's, to {difference:.1g}", figures, bars)
 
 
-def _tensor_problem(
-    difference: float, scale: float, missing: list[str], extra: list[str], energy: float, error: float, inner: float
-) -> str:
+def _tensor_problem(figures: dict[str, Any], energy: float, error: float, *, all_missing: bool) -> str:
     """Say in words how the tensors differ; empty where they do not."""
+    difference, scale, missing, extra = (figures[key] for key in ("difference", "scale", "missing", "extra"))
     if not energy:
         return "the adapter that was trained is zero: it has no effect"
-    if not inner and missing:
-        return "its tensors are zero or none of those that were trained: it has no effect"
+    if all_missing:
+        return "its tensors are zero: it has no effect"
     if missing:
         return f"{len(missing)} pairs that were trained are not in the file, such as {missing[0]}"
     if extra:

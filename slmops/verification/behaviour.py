@@ -40,7 +40,10 @@ def check_logits(subject: Subject, bars: Bars) -> Stage:
     # What quantizing costs the base on a text that is nobody's task is reported, and what it computes is proven against its own weights.
     figures["rows_from"] = "text that the base wrote in PyTorch"
     verdict = twin_verdict(subject, weights.load_graph(subject.graph_path), subject.corpus.sequences, figures)
-    reported = Verdict(verdict.status, f"base: {verdict.text} on text of its own, where quantizing costs {comparison.mean_kl.value:.3g}: reported, give rows with --data base=FILE to gate it")
+    reported = Verdict(
+        verdict.status,
+        f"base: {verdict.text} on text of its own, where quantizing costs {comparison.mean_kl.value:.3g}: reported, give rows with --data base=FILE to gate it",
+    )
     return concluded("logits", [reported], figures, {"twin_kl": subject.settings.twin_bar}, advice)
 
 
