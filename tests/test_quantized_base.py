@@ -346,6 +346,35 @@ def test_such_an_adapter_is_not_merged_and_not_exported_as_a_model(trained: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_several_on_one_quantized_base_become_one_adapter_on_it(
+    base: Path, package: Path, rows: Path, trained: Path, tmp_path: Path
+) -> None:
+    other = finetune(base, rows, tmp_path / "other", package, seed=1).path
+    with pytest.raises(Unavailable, match="was trained on the quantized weights"):
+        slmops.merge(trained, other, out=tmp_path / "model")
+    combined = slmops.merge(trained, other, out=tmp_path / "both", into="adapter", weights=[1.0, 0.0])
+    assert combined.find("quantized_base") == package
+    recorded = artifact.load(trained).manifest.input("quantized_base")
+    assert recorded is not None
+    assert combined.manifest.input("quantized_base").sha256 == recorded.sha256
+    # With all of the weight on the first it is the first, on the package's weights.
+    expected = logits(hugging_face.load_adapted(base, trained))
+    np.testing.assert_allclose(logits(hugging_face.load_adapted(base, combined.path)), expected, atol=1e-4)
+    alone = finetune(base, rows, tmp_path / "float", None).path
+    with pytest.raises(BadArtifact, match="learned on a quantized base"):
+        slmops.merge(trained, alone, out=tmp_path / "mixed", into="adapter")
+
+
+@pytest.mark.slow
+def test_the_weights_of_a_packed_base_are_those_of_its_export(base: Path, package: Path, rows: Path, trained: Path, tmp_path: Path) -> None:
+    """The package's file holds LoRA inputs as well; trained on it or on the export, an adapter is the same."""
+    packed = slmops.pack(base, adapter=[f"intent={trained}"], out=tmp_path / "packed", precision="int4").path
+    assert quantized_base.find_quantized_base(packed, base).sha256 == quantized_base.find_quantized_base(package, base).sha256
+    made = finetune(base, rows, tmp_path / "again", packed)
+    assert adapter_bytes(made.path) == adapter_bytes(trained)
+    assert artifact.load(packed).manifest.facts["adapters"]["intent"]["quantized_base"] == made.manifest.input("quantized_base").sha256
+
+
 @pytest.mark.slow
 def test_a_float_export_is_allowed_and_said_to_be_pointless(base: Path, rows: Path, tmp_path: Path) -> None:
     package = make_export(tmp_path / "fp32", base, "fp32")
