@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from tiny import ROWS, TEMPLATES, make_export, make_model, write_rows
 
 import slmops
 from slmops import artifact, progress
 from slmops.data import Interface, Tokenizer, encode_rows
 from slmops.errors import BadArtifact, InvalidInput, SlmopsError, Unavailable
-from slmops.graph.linears import hugging_face_weights, load_graph
+from slmops.graph import checking
+from slmops.graph.linears import hugging_face_weights, linears, load_graph, quantized
 from slmops.graph.rewriting import DATA, FULL
 from slmops.pipeline.plan import read_plan
 from slmops.runtime import hugging_face, loading, quantized_base
@@ -334,6 +337,44 @@ def test_a_machine_that_cannot_read_graphs_says_so(
     assert "slmops[train]" in error.hint
 
 
+def test_such_an_adapter_is_not_merged_and_not_exported_as_a_model(trained: Path, tmp_path: Path) -> None:
+    for verb, folder in ((slmops.merge, tmp_path / "merged"), (slmops.export, tmp_path / "export")):
+        with pytest.raises(Unavailable, match="was trained on the quantized weights of .*int4") as caught:
+            verb(trained, out=folder)
+        assert caught.value.exit_code == 3
+        assert f"--adapter NAME={trained}" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_on_one_quantized_base_become_one_adapter_on_it(
+    base: Path, package: Path, rows: Path, trained: Path, tmp_path: Path
+) -> None:
+    other = finetune(base, rows, tmp_path / "other", package, seed=1).path
+    with pytest.raises(Unavailable, match="was trained on the quantized weights"):
+        slmops.merge(trained, other, out=tmp_path / "model")
+    combined = slmops.merge(trained, other, out=tmp_path / "both", into="adapter", weights=[1.0, 0.0])
+    assert combined.find("quantized_base") == package
+    recorded = artifact.load(trained).manifest.input("quantized_base")
+    assert recorded is not None
+    assert combined.manifest.input("quantized_base").sha256 == recorded.sha256
+    # With all of the weight on the first it is the first, on the package's weights.
+    expected = logits(hugging_face.load_adapted(base, trained))
+    np.testing.assert_allclose(logits(hugging_face.load_adapted(base, combined.path)), expected, atol=1e-4)
+    alone = finetune(base, rows, tmp_path / "float", None).path
+    with pytest.raises(BadArtifact, match="learned on a quantized base"):
+        slmops.merge(trained, alone, out=tmp_path / "mixed", into="adapter")
+
+
+@pytest.mark.slow
+def test_the_weights_of_a_packed_base_are_those_of_its_export(base: Path, package: Path, rows: Path, trained: Path, tmp_path: Path) -> None:
+    """The package's file holds LoRA inputs as well; trained on it or on the export, an adapter is the same."""
+    packed = slmops.pack(base, adapter=[f"intent={trained}"], out=tmp_path / "packed", precision="int4").path
+    assert quantized_base.find_quantized_base(packed, base).sha256 == quantized_base.find_quantized_base(package, base).sha256
+    made = finetune(base, rows, tmp_path / "again", packed)
+    assert adapter_bytes(made.path) == adapter_bytes(trained)
+    assert artifact.load(packed).manifest.facts["adapters"]["intent"]["quantized_base"] == made.manifest.input("quantized_base").sha256
+
+
 @pytest.mark.slow
 def test_a_float_export_is_allowed_and_said_to_be_pointless(base: Path, rows: Path, tmp_path: Path) -> None:
     package = make_export(tmp_path / "fp32", base, "fp32")
@@ -341,3 +382,29 @@ def test_a_float_export_is_allowed_and_said_to_be_pointless(base: Path, rows: Pa
     assert any("not quantized" in warning for warning in made.manifest.warnings)
     alone = finetune(base, rows, tmp_path / "alone", None, max_steps=2)
     assert adapter_bytes(made.path) == adapter_bytes(alone.path)
+
+
+@pytest.mark.slow
+def test_the_benchmark_makes_a_coarse_base_that_is_still_a_package(base: Path, package: Path, rows: Path, tmp_path: Path) -> None:
+    """Every other step of one kind of layer is gone, the other layers are untouched, and the device's runtime runs it."""
+    words = [str(base), str(rows), str(rows), "--work", str(tmp_path), "--seeds", "0", "--coarse", "down_proj", "--every", "2"]
+    words += ["--prompt-template", r"{text}\nIntent:", "--completion-template", " {intent}", "--lora-rank", "4"]
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/quantized_base.py", *words], capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout.splitlines()[-1])["figures"]
+    assert list(figures) == ["float base", "float adapter on the coarse base", "trained on the coarse base"]
+    assert all(len(row["exact_match"]) == 1 for row in figures.values())
+    assert artifact.load(tmp_path / "coarse-0").find("quantized_base") == tmp_path / "coarse"
+    found = artifact.load(tmp_path / "coarse")
+    artifact.check(found)
+    assert checking.problems(found.path, found.manifest.facts["recipe"]["options"]) == []
+    before, after = (load_graph(folder / FULL) for folder in (package, tmp_path / "coarse"))
+    for old, new in zip(linears(before), linears(after), strict=True):
+        ours, theirs = quantized(after, new), quantized(before, old)
+        distance = ours.codes.astype(int) - ours.zero_points.astype(int)[..., None]
+        if new.name.endswith("down_proj"):
+            assert not (distance % 2).any()
+            assert (np.abs(ours.codes.astype(int) - theirs.codes) <= 2).all()
+            assert (ours.codes != theirs.codes).any()
+        else:
+            np.testing.assert_array_equal(ours.codes, theirs.codes)
+    assert list(loading.open_runner(found.path).stream(IDS, max_new_tokens=3, stop_token_ids=[])) != []

@@ -19,6 +19,7 @@ from slmops.config import MergeSettings, flat, load
 from slmops.data import Interface
 from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.errors import InvalidInput, RunFailed
+from slmops.runtime import quantized_base
 from slmops.runtime.hugging_face import parameter_count
 
 # A merge in float32 against base + adapter, per logit: what the order of sums may differ by.
@@ -50,7 +51,8 @@ def merge(
     Raises:
         BadArtifact: not an adapter, another base than it was trained on, adapters of different bases, or `out` is occupied.
         InvalidInput: a setting that does not fit the adapters or the strategy.
-        Unavailable: a method whose effect is not in the weights, or that cannot be combined.
+        Unavailable: a method whose effect is not in the weights, or that cannot be combined; or adapters that were trained on
+            quantized weights, into their base (`slmops.runtime.quantized_base.refuse_merge`).
         RunFailed: the merged model does not do what base + adapter does.
     """
     settings = load(MergeSettings, config, **overrides)
@@ -62,6 +64,9 @@ def merge(
     out = Path(out)
     artifact.refuse_occupied(out, force=settings.force)
     sources = read_sources(given, settings.base)
+    if settings.into == "base":
+        for source in sources:
+            quantized_base.refuse_merge(source.folder, source.found)
     combining.preflight(sources, settings)
     tasks = regret.read_tasks(sources, settings)
     kind = "adapter" if settings.into == "adapter" else "model"
@@ -128,6 +133,11 @@ def _write_adapter(draft: Draft, merger: Merger, sources: Sequence[Source]) -> N
     # Later steps put a `qlora` adapter on the base in nf4 (`load_adapted`): right where all of them learned on it.
     method = "qlora" if all(source.ground == "nf4" for source in sources) else "lora"
     draft.facts |= {"method": method, "trainable_parameters": parameter_count(draft.folder)}
+    # Their common base in quantized weights is that of the combination (other grounds were refused).
+    quantized = quantized_base.quantized_base_of(sources[0].found, sources[0].base) if sources[0].found is not None else None
+    if quantized is not None:
+        draft.add_input(quantized_base.ROLE, quantized.folder, quantized.sha256)
+        draft.facts |= {quantized_base.ROLE: quantized.facts}
     owner = next((source for source in sources if source.interface is not None), sources[0])
     rows = owner.folder / "validation.jsonl"  # of the task whose interface travels: later steps measure on them
     if rows.is_file():

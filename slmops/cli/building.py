@@ -54,6 +54,7 @@ def prepare(data: str, call: Call) -> Any:
         "slmops finetune HuggingFaceTB/SmolLM2-135M-Instruct train.jsonl -o runs/adapter",
         r"slmops finetune MODEL train.csv -o runs/intent --prompt-template '{text}\nIntent:' --completion-template ' {intent}'",
         "slmops finetune MODEL train.jsonl -o runs/adapter --config finetune.yaml --lora-rank 32",
+        "slmops finetune MODEL train.jsonl -o runs/adapter --quantized-base runs/model-int4",
     ),
 )
 @click.argument("model")
@@ -64,6 +65,9 @@ def finetune(model: str, data: str, call: Call) -> Any:
     MODEL is a Hugging Face folder or hub id. DATA is a .jsonl, .json, .csv, .parquet or .txt file, a folder of them, or
     a dataset id; its format is found by its columns (prompt and completion, alpaca, chat messages, text) unless
     templates are given. In a template, {field} takes a column, {{ and }} are braces, \n, \t and \\ are decoded.
+
+    With --quantized-base the frozen base is an export of MODEL, dequantized: the weights that the device will have. The
+    adapter belongs to them from then on; evaluate and bench load it on them.
     """
     return slmops.finetune(model, data, config=call.config, **call.overrides)
 

@@ -19,6 +19,7 @@ def finetuned(page: Page, document: Mapping[str, Any]) -> None:
     page.facts(
         [
             ("method", _joined(document.get("method"), f"engine {document['engine']}" if document.get("engine") else "")),
+            ("base", _quantized(document.get("quantized_base"))),
             ("rows", _joined(_counted(document, "rows", "to train on"), _counted(document, "validation_rows", "for validation"))),
             ("tokens", _joined(_counted(tokens, "total", ""), _counted(tokens, "supervised", "supervised"))),
             ("training loss", _metric(document, "train_loss")),
@@ -31,7 +32,10 @@ def finetuned(page: Page, document: Mapping[str, Any]) -> None:
     )
     page.warnings(document)
     if out:
-        page.next(f"slmops merge {shell(out)} -o {beside(out, 'merged')}")
+        if document.get("quantized_base"):  # it stays an adapter
+            page.next(f"slmops evaluate {shell(out)} {shell(str(Path(out) / 'validation.jsonl'))}")
+        else:
+            page.next(f"slmops merge {shell(out)} -o {beside(out, 'merged')}")
 
 
 def exported(page: Page, document: Mapping[str, Any]) -> None:
@@ -71,6 +75,15 @@ def _scheme(scheme: Any) -> str:
     if not isinstance(scheme, Mapping):
         return str(scheme)
     return f"int{scheme.get('bits')}/{scheme.get('block_size')}"
+
+
+def _quantized(facts: Any) -> str:
+    """Return which quantized weights were the frozen base; empty where they were the model's own."""
+    if not isinstance(facts, Mapping):
+        return ""
+    recipe = facts.get("recipe")
+    name = recipe.get("id") if isinstance(recipe, Mapping) else facts.get("precision")
+    return f"the quantized weights of the {facts.get('kind')} given ({name})"
 
 
 def metrics(document: Mapping[str, Any]) -> list[tuple[str, str]]:
