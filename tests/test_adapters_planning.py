@@ -163,6 +163,19 @@ def test_without_a_folder_to_write_and_without_plan_merge_says_so(base: Path, tm
         slmops.merge(make_adapter(tmp_path / "adapter", base), base=base)
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"precision": "int4"}, "precision: a merge is written in float32"),
+        ({"block_size": 32}, "block_size: a merge is written in float32"),
+        ({"plan": True, "data": {"adapter": "rows.jsonl"}}, "data: --plan merges nothing"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(base: Path, tmp_path: Path, settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidInput, match=text):
+        slmops.merge(make_adapter(tmp_path / "adapter", base), out=tmp_path / "out", base=base, **settings)
+
+
 def test_a_block_size_that_does_not_divide_and_an_architecture_that_cannot_be_exported_are_refused(base: Path, tmp_path: Path) -> None:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel

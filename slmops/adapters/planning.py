@@ -203,7 +203,7 @@ def plan_merge(given: Sequence[str | Path], settings: MergeSettings, unwritten: 
     changes = ((name, _array(before[name]), _array(after[name])) for name in after)
     unheeded = [f"--plan writes nothing: {unwritten} was not written"] if unwritten is not None else []
     warnings = (*merger.warnings, *agreed_interface(sources)[1], *unheeded)
-    recipe = recipe_for(settings.precision, settings.block_size)
+    recipe = recipe_for(settings.precision or "int4", settings.block_size)
     return plan_changes(changes, recipe, total=len(after), adapters=[source.name for source in sources], warnings=warnings)
 
 
