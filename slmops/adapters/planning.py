@@ -137,7 +137,7 @@ class Plan:
         if self.advice == FINE:
             return told
         if self.advice == RAISE:
-            return f"{told}, nearly all of it in {len(self.fragile)} of {len(self.layers)} layers: {', '.join(self.fragile)}; in 8 bits they would be fine"
+            return f"{told}, nearly all of it in {len(self.fragile)} of {len(self.layers)} layers: {', '.join(self.fragile)}; in 8 bits they would be fine (--precision int8 raises all layers, and `slmops pack` keeps it as it is)"
         eight = self.recipe.bits < 8 and self.predicted_loss / _EIGHT_BIT_GAIN <= BAR
         return f"{told}: `slmops pack` keeps it as it is, on the quantized base{'; --precision int8 would do too' if eight else ''}"
 
