@@ -12,7 +12,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,9 +39,13 @@ class Lab:
 
     def __init__(self, base: Path, sequences: Sequence[Encoded], block_size: int | None = None) -> None:
         self.place, self.sequences, self.block_size = base, sequences, block_size
-        self.model = load_model(base).eval()
+        self.model, self.raised = load_model(base).eval(), frozenset[str]()
         self.own = {name: value for name, value in self.model.named_parameters() if value.ndim == 2}
         self.base: Weights = {name: value.detach().numpy().copy() for name, value in self.own.items()}
+
+    def changes(self, deltas: Weights) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Each changed matrix before and after, as the planner takes them."""
+        return ((name, self.base[name], self.base[name] + value) for name, value in deltas.items())
 
     def loss(self, deltas: Weights, precision: str) -> float:
         """What merging loses beyond what a runtime adapter does."""
@@ -77,10 +81,11 @@ class Lab:
         return np.concatenate([log_softmax(row[positions]) for row, positions in zip(logits, counted, strict=True)])
 
     def quantized(self, values: Weights, precision: str) -> Weights:
-        """What a package of that precision multiplies with."""
-        recipe, result = recipe_for(precision, self.block_size), {}
+        """What a package of that precision multiplies with; the layers in `raised` are in 8 bits."""
+        usual, eight, result = recipe_for(precision, self.block_size), recipe_for("int8"), {}
         for name, value in values.items():
             stem = name.removesuffix(".weight")
+            recipe = eight if stem in self.raised else usual
             result[name] = quantize(value, recipe.scheme(Linear(stem, value.shape[1], value.shape[0], None, None, ()))).dequantize()
         return result
 
@@ -141,8 +146,7 @@ def main() -> None:
     print("| rank | scale | precision | measured | foretold | noise/signal | advice |\n| --- | --- | --- | --- | --- | --- | --- |")
     for rank, scale, precision in itertools.product(given.ranks, given.scales, given.precisions):
         deltas = scaled(ranks[rank], scale)
-        changes = ((name, lab.base[name], lab.base[name] + value) for name, value in deltas.items())
-        plan = plan_changes(changes, recipe_for(precision, given.block_size), total=len(deltas))
+        plan = plan_changes(lab.changes(deltas), recipe_for(precision, given.block_size), total=len(deltas))
         predicted.append(plan.predicted_loss)
         measured.append(lab.loss(deltas, precision))
         figures = f"{measured[-1]:.3g} | {predicted[-1]:.3g} | {plan.noise_to_signal:.3g}"

@@ -163,6 +163,19 @@ def test_without_a_folder_to_write_and_without_plan_merge_says_so(base: Path, tm
         slmops.merge(make_adapter(tmp_path / "adapter", base), base=base)
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"precision": "int4"}, "precision: a merge is written in float32"),
+        ({"block_size": 32}, "block_size: a merge is written in float32"),
+        ({"plan": True, "data": {"adapter": "rows.jsonl"}}, "data: --plan merges nothing"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(base: Path, tmp_path: Path, settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidInput, match=text):
+        slmops.merge(make_adapter(tmp_path / "adapter", base), out=tmp_path / "out", base=base, **settings)
+
+
 def test_a_block_size_that_does_not_divide_and_an_architecture_that_cannot_be_exported_are_refused(base: Path, tmp_path: Path) -> None:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -222,7 +235,7 @@ def test_the_prediction_follows_measured_loss_over_ranks_scales_and_precisions(t
     for case in itertools.product((1, 4, 16), (0.01, 0.05, 0.2, 1.0), ("int4", "int8")):
         rank, scale, precision = case
         change = deltas(trained, rank, scale)
-        plans[case] = plan_of(*((name, lab.base[name], lab.base[name] + delta) for name, delta in change.items()), precision=precision)
+        plans[case] = plan_of(*lab.changes(change), precision=precision)
         measured[case] = lab.loss(change, precision)
     predicted = {case: plan.predicted_loss for case, plan in plans.items()}
     assert rank_correlation(list(predicted.values()), list(measured.values())) > 0.95
@@ -239,6 +252,27 @@ def test_the_prediction_follows_measured_loss_over_ranks_scales_and_precisions(t
     # What the planner is built on is what predicts; the share p is 1 at both ends.
     p = [abs(plan.document()["plan"]["p"] - 1) for plan in plans.values()]
     assert max(p) < 0.2
+
+
+@pytest.mark.slow
+def test_the_layer_that_is_named_is_the_one_that_loses(trained: Path) -> None:
+    """Outliers in one layer, put there without a change of what the model computes: in 8 bits it is fine, as foretold."""
+    lab, change = lab_of(trained), deltas(trained, 4, 0.1)
+    up, down, channels, factor = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight", slice(None, None, 32), 60.0
+    change[up][channels] = change[down][:, channels] = 0  # the fine-tune leaves these alone
+    fine, unchanged = plan_of(*lab.changes(change)), lab.log_probabilities(lab.base)
+    for weights in (lab.base, change):  # down(act(gate) * up): what one is divided by, the other makes up for
+        weights[up][channels] /= factor
+        weights[down][:, channels] *= factor
+    np.testing.assert_allclose(lab.log_probabilities(lab.base), unchanged, atol=1e-3)
+    plan = plan_of(*lab.changes(change))
+    assert fine.advice == FINE
+    assert (plan.advice, plan.fragile) == (RAISE, (down.removesuffix(".weight"),)), plan.reason
+    rough = lab.loss(change, "int4")
+    assert plan.predicted_loss == pytest.approx(rough, rel=0.5)
+    lab.raised = frozenset(plan.fragile)
+    raised = lab.loss(change, "int4")
+    assert raised < 0.7 * min(rough, BAR), (rough, raised)
 
 
 @pytest.mark.slow

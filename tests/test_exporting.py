@@ -187,7 +187,8 @@ def test_length_and_stop_tokens_are_stored_where_each_reader_looks(tmp_path: Pat
     sizes = sum((made.path / name).stat().st_size for name in ("model.onnx", "model_full.onnx", "model.onnx.data"))
     assert facts["size_bytes"] == sizes
     assert (facts["precision"], facts["level"], facts["recipe"]["id"]) == ("int4", "executed", "cpu-int4")
-    assert not made.manifest.warnings
+    # One step of training is far below a rounding step of int4, and that is all there is to warn of.
+    assert [warning.partition(":")[0] for warning in made.manifest.warnings] == ["keep as a runtime adapter"]
     bounded = slmops.export(merged.path, out=tmp_path / "long", precision="fp32", max_length_tokens=4096)
     assert json.loads((bounded.path / "genai_config.json").read_text())["search"]["max_length"] == 128
     assert any("4096 is more than the model's 128 positions" in warning for warning in bounded.manifest.warnings)

@@ -57,6 +57,7 @@ def merge(
     """
     settings = load(MergeSettings, config, **overrides)
     given = [*([adapters] if isinstance(adapters, (str, Path)) else adapters), *more]
+    _refuse_idle(settings)
     if settings.plan:
         return plan_merge(given, settings, unwritten=out)
     if out is None:
@@ -74,6 +75,17 @@ def merge(
         before = regret.score_alone(tasks, settings)
         _write(draft, combining.load_merger(sources, settings), sources, settings, regret.After(tasks, before))
     return draft.done()
+
+
+def _refuse_idle(settings: MergeSettings) -> None:
+    """Refuse settings that would do nothing: somebody may take the result for what it is not."""
+    if settings.plan and settings.data:
+        raise InvalidInput("data: --plan merges nothing that could be scored", "leave --data or --plan out")
+    quantizing = [name for name in ("precision", "block_size") if getattr(settings, name) is not None]
+    if quantizing and not settings.plan:
+        raise InvalidInput(
+            f"{quantizing[0]}: a merge is written in float32, only --plan looks at it", "quantize with `slmops export`, or add --plan"
+        )
 
 
 def _write(draft: Draft, merger: Merger, sources: Sequence[Source], settings: MergeSettings, after: regret.After) -> None:

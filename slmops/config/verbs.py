@@ -67,7 +67,7 @@ class MergeSettings(Settings):
     max_rows: int | None = setting(None, "of each --data use only the first N rows", ge=1)
     threads: int | None = setting(None, "threads of the scoring (default: one for a tiny model, else all cores)", ge=1)
     plan: bool = setting(False, "write nothing; foretell what a quantizer would leave of the fine-tune")
-    precision: Literal["int8", "int4"] = setting("int4", "precision that --plan looks at")
+    precision: Literal["int8", "int4"] | None = setting(None, "precision that --plan looks at (default: int4)")
     block_size: int | None = setting(None, "block size that --plan looks at (default: by the layer's width)", ge=16)
     force: bool = setting(False, "replace an output folder that slmops wrote")
 
