@@ -19,10 +19,11 @@ import tiny
 
 import slmops
 from slmops import artifact, environment, results
-from slmops.benchmark import accuracy, quiet, rounds, sides, subjects
+from slmops.benchmark import quiet, rounds, sides, subjects
 from slmops.benchmark.worker import bytes_per_token
 from slmops.data import Interface, Tokenizer
 from slmops.errors import BadArtifact, InvalidInput, RunFailed
+from slmops.evaluation import neutral
 from slmops.runtime.loading import open_runner
 
 SHORT: dict[str, Any] = {"threads": 1, "rounds": 3, "prompt_tokens": 24, "new_tokens": 8}

@@ -130,8 +130,8 @@ def export(model: str, call: Call) -> Any:
 def pack(source: str, call: Call) -> Any:
     """Pack adapters.
 
-    SOURCE is the base model that the adapters were trained on, or a package to change in place. The base is exported
-    once; adapters stay small files of their own, in float, and are switched per request: `slmops generate PACKAGE PROMPT
+    SOURCE is the base model that the adapters were trained on, an export of it, or a package to change in place. The
+    base is exported once; adapters stay small files of their own, in float, and are switched per request: `slmops generate PACKAGE PROMPT
     --adapter NAME`. What cannot be switched at run time (DoRA, biases, an adapted embedding ...) is refused with the way out.
     """
     return slmops.pack(source, config=call.config, **call.overrides)

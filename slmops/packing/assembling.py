@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from slmops import artifact, progress, targets
-from slmops.artifact import Artifact
+from slmops.artifact import Artifact, Draft
 from slmops.config import PackSettings, flat, load
+from slmops.data import Interface
 from slmops.errors import BadArtifact, InvalidInput, RunFailed
 from slmops.exporting import choose_bounded_interface, preflight, run_once, write_export
 from slmops.graph import checking
@@ -33,7 +35,7 @@ def pack(source: str | Path, *, config: Any = None, **overrides: Any) -> Artifac
     """Make a package of a base and adapters, or change the adapters of a package in place.
 
     Args:
-        source: a Hugging Face folder (then `out` names the package to write), or a package.
+        source: the base as a Hugging Face folder or an export of it (then `out` names the package to write), or a package.
         config: YAML file or mapping of `PackSettings`.
         overrides: single settings, such as `adapter=["intent=runs/intent"]`.
 
@@ -72,25 +74,33 @@ def named_adapters(texts: list[str] | None) -> dict[str, Path]:
 
 
 def _assemble(source: Path, named: dict[str, Path], settings: PackSettings) -> Artifact:
-    """Export a base and put adapters on it."""
+    """Export a base, or take an export of it, and put adapters on it."""
     if settings.remove:
         raise InvalidInput(f"remove: {source} is not a package", "give the package to take adapters out of")
     if settings.out is None:
         raise InvalidInput("out: nothing says where the package goes", "give a folder with -o")
     artifact.refuse_occupied(settings.out, force=settings.force)
+    found = artifact.find(source) if source.is_dir() else None
+    exported = found if found is not None and found.manifest.kind == "export" else None
+    model = _model_of(exported) if exported is not None else source
     target = targets.find(settings.device, settings.provider, settings.precision)
     recipe = recipe_for(settings.precision, settings.block_size)
-    found = artifact.checked(source, "model", "give the base model that the adapters were trained on")
-    shape = preflight(artifact.require_model(source), settings.out)
-    base = artifact.fingerprint(source)
-    candidates = [inclusion.examine(name, path, source, base) for name, path in named.items()]
+    model_found = artifact.checked(model, "model", "give the base model that the adapters were trained on, or an export of it")
+    shape = preflight(artifact.require_model(model), settings.out)
+    base = artifact.fingerprint(model)
+    candidates = [inclusion.examine(name, path, model, base) for name, path in named.items()]
     config = {key: value for key, value in flat(settings).items() if key != "out"}
     with artifact.create(settings.out, kind="package", command="pack", config=config, force=settings.force) as draft:
-        interface = choose_bounded_interface(source, found, shape, settings.max_length_tokens, draft)
+        if exported is not None:
+            _copy_export(draft, exported, model)
+        else:
+            draft.interface = choose_bounded_interface(model, model_found, shape, settings.max_length_tokens, draft).model_dump(mode="json")
+            write_export(draft, model, Interface.model_validate(draft.interface), target, recipe)
+        interface = Interface.model_validate(draft.interface)
+        inclusion.refuse_other_grids(candidates, draft.folder, model)
         stops = inclusion.common_stops(interface, candidates)
-        write_export(draft, source, interface, target, recipe)
         with progress.task("let the graph take adapters"):
-            pairs = save_adapted_twins(draft.folder, hugging_face.parameter_shapes(source))
+            pairs = save_adapted_twins(draft.folder, hugging_face.parameter_shapes(model))
         _configure_runtime(draft.folder / "genai_config.json", stops)
         problems = checking.adapter_problems(draft.folder)
         if problems:
@@ -100,14 +110,40 @@ def _assemble(source: Path, named: dict[str, Path], settings: PackSettings) -> A
             "base": base,
             "slots": {pair.name: [pair.inputs, pair.outputs] for pair in pairs},
             "adapters": {c.name: inclusion.include(draft.folder, c, pairs, base) for c in candidates},
-            "size_bytes": inclusion.size_bytes(draft.folder),
         }
+        draft.facts["size_bytes"] = inclusion.size_bytes(draft.folder)
         for candidate in candidates:
             draft.add_input(f"adapter {candidate.name}", candidate.path)
             for warning in candidate.warnings:
                 draft.warn(warning)
         self_test.record(draft.folder, draft.interface, draft.facts, {c.name: c.prompts for c in candidates})
     return draft.done()
+
+
+def _model_of(exported: Artifact) -> Path:
+    """Return the model that an export was made of, seen to be that one.
+
+    Raises:
+        BadArtifact: the export was changed, or its model is gone or another.
+    """
+    artifact.check(exported)
+    recorded, place = exported.manifest.input("baseline"), exported.find("baseline")
+    if recorded is None or place is None or artifact.fingerprint(place) != recorded.sha256:
+        raise BadArtifact(
+            f"the model that {exported.path} was made of is not at {_recorded(exported)}", "put it back there, or pack the model itself"
+        )
+    return place
+
+
+def _copy_export(draft: Draft, exported: Artifact, model: Path) -> None:
+    """Take graphs, weights and facts of an export as they are: whatever its recipe was, it is kept."""
+    for name in exported.manifest.files:
+        if name != self_test.FILE:
+            shutil.copyfile(exported.path / name, draft.folder / name)
+    draft.add_input("baseline", model)
+    draft.add_input("export", exported.path)
+    draft.interface = exported.manifest.interface
+    draft.facts = dict(exported.manifest.facts)
 
 
 def _change(found: Artifact, named: dict[str, Path], settings: PackSettings) -> Artifact:
@@ -141,6 +177,8 @@ def _rewrite(found: Artifact, named: dict[str, Path], dropped: set[str], base_fo
     facts = found.manifest.facts
     candidates = [inclusion.examine(name, path, base_folder, facts["base"]) for name, path in named.items() if base_folder is not None]
     inclusion.refuse_other_stops(found, candidates)
+    if base_folder is not None:
+        inclusion.refuse_other_grids(candidates, found.path, base_folder)
     obsolete = [found.path / file for name in dropped for file in inclusion.files_of(facts["adapters"][name])]
     adapters = {name: held for name, held in facts["adapters"].items() if name not in dropped}
     if base_folder is not None and candidates:

@@ -14,7 +14,7 @@ from slmops.errors import BadArtifact, InvalidInput
 from slmops.graph import carrying
 from slmops.graph.lora import A, Slot
 from slmops.packing import pairs
-from slmops.runtime import adapter_files, hugging_face
+from slmops.runtime import adapter_files, hugging_face, quantized_base
 from slmops.runtime.loading import interface_of
 
 ADAPTERS = "adapters"
@@ -109,6 +109,26 @@ def common_stops(interface: Interface, candidates: Sequence[Candidate]) -> list[
         shown = "; ".join(f"{c.name} {list(c.interface.stop_token_ids)}" for c in candidates)
         raise InvalidInput(f"the adapters share no stop token ({shown})", "train them with one --stop-token, or make a package of each")
     return shared
+
+
+def refuse_other_grids(candidates: Sequence[Candidate], folder: Path, model: Path) -> None:
+    """Raise BadArtifact where an adapter was trained around other quantized weights than those of the folder's graph.
+
+    Args:
+        candidates: those trained with `--quantized-base` are looked at.
+        folder: with the graph.
+        model: the base, in float.
+    """
+    trained = [candidate for candidate in candidates if candidate.quantized_base is not None]
+    if not trained:
+        return
+    own = quantized_base.weights_hash(quantized_base.read_weights(folder, model))
+    for candidate in trained:
+        if candidate.quantized_base != own:
+            raise BadArtifact(
+                f"{candidate.name} was trained around other quantized weights than this package has",
+                "pack it with the export that it was trained on: slmops pack EXPORT --adapter ...",
+            )
 
 
 def refuse_other_stops(found: Artifact, candidates: Sequence[Candidate]) -> None:

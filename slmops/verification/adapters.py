@@ -21,7 +21,7 @@ from slmops.runtime import adapter_files, hugging_face
 from slmops.runtime.package import adapter_facts
 from slmops.verification import behaviour, surface, weights
 from slmops.verification.bars import Bars
-from slmops.verification.stages import Stage, Verdict, concluded, exactly
+from slmops.verification.stages import Stage, Status, Verdict, concluded, exactly
 from slmops.verification.subject import Subject, adapter_subject
 
 # Of a pair's product against PEFT's, relative: float32 holds both to 1e-7; an int8 copy is 5e-3 away.
@@ -43,8 +43,10 @@ def check_adapters(base: Subject, bars: Bars) -> Stage:
         stages.append(Verdict(stage.status, f"{name}: {stage.explanation}"))
         if stage.status == "fail":
             return Stage("adapters", "fail", stages[-1].text, figures, stage.bars)
-    crosstalk = _cross_talk(base, chosen, figures)
-    return concluded("adapters", [*stages, *crosstalk], figures, {"tensors": _TENSOR_BAR, "cross_talk": 0.0})
+    verdicts = [*stages, *_cross_talk(base, chosen, figures)]
+    outcome = _worst({verdict.status for verdict in verdicts})
+    shown = "\n".join(verdict.text for verdict in verdicts if verdict.status == outcome)
+    return Stage("adapters", outcome, shown, figures, {"tensors": _TENSOR_BAR, "cross_talk": 0.0})
 
 
 def _check_one(base: Subject, name: str, bars: Bars) -> Stage:
@@ -64,19 +66,22 @@ def _check_one(base: Subject, name: str, bars: Bars) -> Stage:
         lambda: behaviour.check_text(subject, bars),
     )
     figures: dict[str, Any] = {}
-    verdicts = []
+    done = []
     for check in checks:
         stage = check()
-        figures[stage.name] = {key: value for key, value in stage.document()["figures"].items()}
-        if stage.status == "skipped":
-            continue
-        verdicts.append(Verdict(stage.status, f"{stage.name}: {stage.explanation}"))
+        figures[stage.name] = stage.document()["figures"]
+        done.append(stage)
         if stage.status == "fail":
             break
     reference = subject.__dict__.pop("reference", None)
     if reference is not None:
         reference.close()
-    return concluded("adapters", verdicts, figures, {})
+    outcome = _worst({stage.status for stage in done})
+    return Stage("adapters", outcome, "; ".join(f"{s.name}: {s.explanation}" for s in done if s.status == outcome), figures)
+
+
+def _worst(statuses: set[Status]) -> Status:
+    return "fail" if "fail" in statuses else "inconclusive" if "inconclusive" in statuses else "pass"
 
 
 def _check_origin(subject: Subject, name: str) -> Stage:

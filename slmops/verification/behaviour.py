@@ -147,6 +147,8 @@ def _tied(subject: Subject, prompt: list[int], bars: Bars) -> bool:
 
 def check_retention(subject: Subject) -> Stage:
     """Measure whether the fine-tune is in the package: in its weights, in its arithmetic and in its effect."""
+    if subject.adapters:
+        return Stage("retention", "skipped", "the base of a package is not fine-tuned: its adapters are, and have a stage of their own")
     if subject.lost_base is not None:
         text = f"the model before the fine-tune is no longer at {subject.lost_base}: give it with --base"
         return Stage("retention", "inconclusive", text)
