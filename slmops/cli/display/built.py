@@ -1,4 +1,4 @@
-"""How do `finetune` and `export` report what they made?"""
+"""How do `finetune`, `export` and `pack` report what they made?"""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def finetuned(page: Page, document: Mapping[str, Any]) -> None:
     page.warnings(document)
     if out:
         if document.get("quantized_base"):  # it stays an adapter
-            page.next(f"slmops evaluate {shell(out)} {shell(str(Path(out) / 'validation.jsonl'))}")
+            page.next(
+                f"slmops evaluate {shell(out)} {shell(str(Path(out) / 'validation.jsonl'))}",
+                f"slmops pack EXPORT --adapter NAME={shell(out)} -o {beside(out, 'package')}",
+            )
         else:
             page.next(f"slmops merge {shell(out)} -o {beside(out, 'merged')}")
 
@@ -58,6 +61,38 @@ def exported(page: Page, document: Mapping[str, Any]) -> None:
     page.warnings(document)
     if out:
         page.next(f"slmops verify {shell(out)}", f"slmops bench {shell(out)}")
+
+
+def packed(page: Page, document: Mapping[str, Any]) -> None:
+    """Write the base's recipe, the adapters with rank, layers and size, and the next commands."""
+    out, adapters = document.get("artifact", ""), document.get("adapters") or {}
+    page.heading(f"{document.get('kind', 'package')} written to {out}")
+    page.facts(
+        [
+            ("target", " ".join(dict.fromkeys(str(document[key]) for key in ("device", "provider", "precision") if document.get(key)))),
+            ("level", document.get("level")),
+            ("recipe of the base", recipe_line(document.get("recipe"))),
+            ("size", _joined(size(document.get("size_bytes")), f"{size(sum(a['size_bytes'] for a in adapters.values()))} of it adapters")),
+            ("time", duration(document.get("seconds"))),
+        ]
+    )
+    rows = [
+        (
+            name,
+            ", ".join(str(rank) for rank in details.get("ranks", [])),
+            ", ".join(target.removesuffix("_proj") for target in details.get("targets", [])),
+            number(details.get("parameters")),
+            size(details.get("size_bytes")),
+            "the package's own weights" if details.get("quantized_base") else "the float model",
+        )
+        for name, details in adapters.items()
+    ]
+    if rows:
+        page.table(("adapter", "rank", "layers", "parameters", "size", "trained on"), rows, right=(1, 3, 4))
+    page.warnings(document)
+    if out:
+        first = f" --adapter {shell(next(iter(adapters)))}" if adapters else ""
+        page.next(f"slmops verify {shell(out)}", f"slmops generate {shell(out)} PROMPT{first}")
 
 
 def recipe_line(recipe: Any) -> str:
