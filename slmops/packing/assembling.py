@@ -25,7 +25,7 @@ from slmops.graph.lora import save_adapted_twins, slots
 from slmops.graph.recipes import recipe_for
 from slmops.graph.rewriting import ADAPTED, FULL
 from slmops.packing import inclusion
-from slmops.runtime import hugging_face
+from slmops.runtime import adapter_files, hugging_face
 from slmops.verification import self_test
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -189,7 +189,8 @@ def _rewrite(found: Artifact, named: dict[str, Path], dropped: set[str], base_fo
     inputs += [artifact.input_of(found.path, f"adapter {c.name}", c.path) for c in candidates]
     new = {file for held in adapters.values() for file in inclusion.files_of(held)}
     kept_aside = [file for file in obsolete if str(file.relative_to(found.path)) not in new]
-    facts = {**facts, "adapters": adapters}
+    gone = sum(file.stat().st_size for file in kept_aside if file.suffix == adapter_files.SUFFIX)
+    facts = {**facts, "adapters": adapters, "size_bytes": inclusion.size_bytes(found.path) - gone}
     warnings = [*found.manifest.warnings, *(w for c in candidates for w in c.warnings)]
     changed = artifact.seal(found.path, without=kept_aside, facts=facts, inputs=inputs, warnings=warnings)
     for file in kept_aside:

@@ -27,7 +27,12 @@ def lineage(page: Page, document: Mapping[str, Any]) -> None:
             ("made on", manifest.get("created")),
             ("time", duration(manifest.get("seconds"))),
             ("files", f"{len(files)}, {size(document.get('size_bytes'))}"),
-            *(_fact(name, value) for name, value in (manifest.get("facts") or {}).items() if name != "size_bytes"),
+            *(
+                _fact(name, value)
+                for name, value in (manifest.get("facts") or {}).items()
+                if name not in ("size_bytes", "slots", "adapters")
+            ),
+            ("adapters", _adapters((manifest.get("facts") or {}).get("adapters"))),
             *((name.replace("_", " "), _short(value)) for name, value in (manifest.get("metrics") or {}).items()),
         ]
     )
@@ -67,6 +72,13 @@ def _branches(tree: Tree, origins: list[Mapping[str, Any]]) -> None:
         if state:
             text.append(f"  {state}", style="yellow")
         _branches(tree.add(text), origin.get("inputs") or [])
+
+
+def _adapters(adapters: Any) -> str:
+    """Return a package's adapters, or how an adapter came about, in one line."""
+    if not isinstance(adapters, Mapping):
+        return _fact("adapters", adapters)[1] if adapters else ""
+    return ", ".join(f"{name} (rank {', '.join(map(str, details.get('ranks', [])))})" for name, details in adapters.items())
 
 
 def _fact(name: str, value: Any) -> tuple[str, str]:
