@@ -22,6 +22,7 @@ from slmops.errors import BadArtifact, RunFailed, Unavailable
 from slmops.graph import checking
 from slmops.graph.recipes import Recipe, recipe_for
 from slmops.runtime import hugging_face
+from slmops.verification import self_test
 
 _DEFAULT_MAX_LENGTH = 2048
 # Peak memory of the builder's process and of the quantizer, over the model's float32 bytes (measured: 135 M shape 2.2).
@@ -69,6 +70,9 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
         _foretell(draft, source, found, settings)
         write_export(draft, source, interface, target, recipe)
         run_once(draft.folder, interface)
+        adapter = found.find("adapter") if found is not None else None
+        prompts = self_test.prompts_of(adapter, source, interface) if adapter is not None else []
+        self_test.record(draft.folder, draft.interface, draft.facts, {"": prompts})
     return draft.done()
 
 

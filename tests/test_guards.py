@@ -34,6 +34,7 @@ LAYERS = (
     ("demo",),
     ("pipeline", "search", "sweep", "reporting", "serving"),
     ("cli",),
+    ("__main__",),
 )
 LINE = {name: number for number, names in enumerate(LAYERS) for name in names}
 HEAVY = {

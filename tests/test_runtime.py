@@ -74,9 +74,10 @@ def test_timing_generates_exactly_so_many_tokens(kind: str, folders: dict[str, P
 def test_a_stream_loads_the_graph_once(folders: dict[str, Path]):
     runner: Any = open_runner(folders["int4"], threads=1)
     list(runner.stream(PROMPTS[0], max_new_tokens=2, stop_token_ids=[]))
-    assert "_model" in vars(runner) and "_decoder" not in vars(runner)
+    sessions = runner._sessions
+    assert list(sessions._models) == ["model.onnx"] and not sessions._decoders
     runner.close()
-    assert "_model" not in vars(runner)
+    assert not sessions._models
 
 
 def test_what_does_not_fit_is_refused(folders: dict[str, Path], tmp_path: Path):

@@ -9,16 +9,16 @@ from typing import Any
 
 from slmops import artifact
 from slmops.artifact import Artifact
-from slmops.data import Interface, Tokenizer, encode_prompt, read_rows, row_format_of
+from slmops.data import Interface
 from slmops.errors import BadArtifact, InvalidInput
 from slmops.graph import carrying
 from slmops.graph.lora import A, Slot
 from slmops.packing import pairs
 from slmops.runtime import adapter_files, hugging_face, quantized_base
 from slmops.runtime.loading import interface_of
+from slmops.verification import self_test
 
 ADAPTERS = "adapters"
-_PROMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def examine(name: str, path: Path, base_folder: Path, base: str) -> Candidate:
         warnings.append(f"{name}: it was trained around a base in nf4, and runs on another here: `slmops verify` says what that costs")
     quantized = found.manifest.input("quantized_base") if found is not None else None
     interface = interface_of(path, found) if found is not None else interface_of(base_folder, artifact.find(base_folder))
-    prompts = _prompts(path, base_folder, interface)
+    prompts = self_test.prompts_of(path, base_folder, interface)
     return Candidate(name, path, config, interface, prompts, tuple(warnings), quantized.sha256 if quantized is not None else None)
 
 
@@ -154,22 +154,3 @@ def files_of(facts: dict[str, Any]) -> list[str]:
 def size_bytes(folder: Path) -> int:
     """Return the size of a package's graphs, weights and adapters."""
     return sum(file.stat().st_size for pattern in ("*.onnx", "*.data", f"*{adapter_files.SUFFIX}") for file in folder.rglob(pattern))
-
-
-def _prompts(adapter: Path, base_folder: Path, interface: Interface) -> list[list[int]]:
-    """Return the ids of a few prompts of an adapter's validation rows; of plain text, its beginning."""
-    file = adapter / "validation.jsonl"
-    if not file.is_file() or not file.stat().st_size:
-        return []
-    rows = read_rows(file)
-    rows = rows[:: max(1, len(rows) // _PROMPTS)][:_PROMPTS]
-    tokenizer = Tokenizer.load(adapter if (adapter / "tokenizer.json").is_file() else base_folder)
-    row_format = row_format_of(rows, interface)
-    if row_format == "text":
-        return [_opening(str(next(iter(row.values()))), tokenizer, interface) for row in rows]
-    return [encode_prompt(row, tokenizer, interface, row_format) for row in rows]
-
-
-def _opening(text: str, tokenizer: Tokenizer, interface: Interface) -> list[int]:
-    ids = tokenizer.encode(text)[:32]
-    return ids if interface.bos_token_id is None else [interface.bos_token_id, *ids]

@@ -18,7 +18,7 @@ import numpy as np
 
 from slmops import artifact, progress
 from slmops.artifact import Artifact
-from slmops.data import Interface, Tokenizer
+from slmops.data import Interface, Tokenizer, encode_prompt, read_rows, row_format_of
 from slmops.errors import BadArtifact
 from slmops.runtime.genai_runner import GenaiRunner
 from slmops.runtime.package import Package
@@ -27,6 +27,7 @@ from slmops.verification.texts import OPENINGS
 
 FILE = "self_test.json"
 _NEW_TOKENS = 8
+_PROMPTS, _OPENING_TOKENS = 4, 32
 _TOP = 5
 # Largest difference of a logit between two processors. Quantized layers round their activations to 8 bits: a sum in
 # another order can flip a rounding (int4 of a 3M model: 0.5 between the kernels of one machine).
@@ -40,12 +41,12 @@ def record(folder: Path, interface: Mapping[str, Any] | None, facts: Mapping[str
         folder: being written; its manifest need not be there.
         interface: of the base.
         facts: `precision`, and of a package `slots` and `adapters`.
-        prompts: ids of prompts by adapter; without any, and for the base, the openings that slmops brings.
+        prompts: ids of prompts by adapter, "" for the base; where there are none, the openings that slmops brings.
     """
     package = Package.of_parts(folder, interface, facts)
     openings = _openings(package.tokenizer, package.interface())
     tolerance = _TOLERANCES.get(str(facts["precision"]), 1.0)
-    wanted: list[tuple[str | None, Path]] = [(name, folder / _file_of(package.found, name)) for name in prompts]
+    wanted: list[tuple[str | None, Path]] = [(name, folder / _file_of(package.found, name)) for name in prompts if name]
     if not (folder / FILE).is_file():
         wanted.insert(0, (None, folder / FILE))
     with progress.task("record the self-test", total=len(wanted)) as task:
@@ -54,6 +55,21 @@ def record(folder: Path, interface: Mapping[str, Any] | None, facts: Mapping[str
             artifact.write_json(path, {"tolerance": tolerance, "cases": cases})
             task.advance()
     package.close()
+
+
+def prompts_of(adapter: Path, base: Path, interface: Interface) -> list[list[int]]:
+    """Return the ids of a few prompts of an adapter's validation rows; of plain text, its beginnings. Empty where it has none."""
+    file = adapter / "validation.jsonl"
+    if not file.is_file() or not file.stat().st_size:
+        return []
+    rows = read_rows(file)
+    rows = rows[:: max(1, len(rows) // _PROMPTS)][:_PROMPTS]
+    tokenizer = Tokenizer.load(adapter if (adapter / "tokenizer.json").is_file() else base)
+    row_format = row_format_of(rows, interface)
+    if row_format != "text":
+        return [encode_prompt(row, tokenizer, interface, row_format) for row in rows]
+    start = [] if interface.bos_token_id is None else [interface.bos_token_id]
+    return [[*start, *tokenizer.encode(str(next(iter(row.values()))))[:_OPENING_TOKENS]] for row in rows]
 
 
 def check_self_test(folder: Path, found: Artifact | None, adapters: Sequence[str] | None, threads: int | None = None) -> Stage:

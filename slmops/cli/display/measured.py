@@ -32,7 +32,7 @@ def verification(page: Page, document: Mapping[str, Any]) -> None:
     failed = document.get("failed_stage")
     if document.get("passed") and not document.get("conclusive", True):
         page.heading("nothing failed, and not everything is proven: see `inconclusive` above", "bold yellow")
-    elif document.get("passed") and not document.get("baseline"):
+    elif document.get("passed") and document.get("baseline", "") is None:
         page.heading("the package is whole, and computes what it computed when it was made", "bold green")
     elif document.get("passed"):
         page.heading("verified: the package behaves as its PyTorch model does, within the bars above", "bold green")
