@@ -71,11 +71,12 @@ def main() -> None:
     try:
         host = Host(given.package)
     except SlmopsError as error:
+        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     if given.socket is not None:
         serve(host, given.socket)
-    for _line in sys.stdin:
-        pass
+    for line in sys.stdin:
+        print(host.answer(line), flush=True)
 
 
 if __name__ == "__main__":
