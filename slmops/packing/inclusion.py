@@ -51,7 +51,7 @@ def examine(name: str, path: Path, base_folder: Path, base: str) -> Candidate:
     """
     config = hugging_face.read_adapter_config(path)
     found = artifact.checked(path, "adapter", "give the folder that `slmops finetune` wrote")
-    carrying.refuse_uncarried(path, config)
+    carrying.refuse_uncarried(path, config, hugging_face.parameter_shapes(path), hugging_face.parameter_shapes(base_folder))
     warnings = []
     recorded = found.manifest.input("base") if found is not None else None
     if recorded is None:
