@@ -126,7 +126,7 @@ def _without_b(tensors: Tensors) -> Tensors:
 
 
 def _wrong_names(tensors: Tensors) -> Tensors:
-    return {name.replace("model.layers", "base_model.model.model.layers"): value for name, value in tensors.items()}
+    return {f"base_model.model.{name}": value for name, value in tensors.items()}
 
 
 def _rounded(tensors: Tensors) -> Tensors:

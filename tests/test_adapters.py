@@ -14,7 +14,7 @@ from tiny import TEMPLATES, make_adapter, make_model, write_rows
 
 import slmops
 from slmops import artifact
-from slmops.errors import BadArtifact, RunFailed, SlmopsError, Unavailable
+from slmops.errors import BadArtifact, Unavailable
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -238,17 +238,57 @@ def test_prefix_tuning_cannot_be_merged(base: Path, tmp_path: Path) -> None:
     assert "lora" in caught.value.hint
 
 
-def test_an_adapter_on_a_tied_head_never_changes_the_embedding_in_silence(base: Path, tmp_path: Path) -> None:
-    """The head's weight is the embedding's: merged in place, it would change the input side, which the adapter never saw."""
-    adapter = peft_adapter(tmp_path / "adapter", base, lora(target_modules=["lm_head"]))
-    try:
-        merged = slmops.merge(adapter, out=tmp_path / "merged", base=base)
-    except SlmopsError as error:
-        assert isinstance(error, (RunFailed, Unavailable))
-        assert list(tmp_path.glob("merged*")) == []
-    else:
-        np.testing.assert_array_equal(tensors(merged.path)["model.embed_tokens.weight"], tensors(base)["model.embed_tokens.weight"])
-        assert merged.manifest.metrics["merge_nmse"]["value"] <= 1e-8
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_one_of_a_tied_head_and_embedding_changes_that_one_alone(base: Path, tmp_path: Path, target: str) -> None:
+    """The two are one tensor in the base: merged in place, the side that the adapter never saw would change too."""
+    adapter = peft_adapter(tmp_path / "adapter", base, lora(target_modules=[target, "q_proj"]), scale=0.2)
+    merged = slmops.merge(adapter, out=tmp_path / "merged", base=base)
+    before, after = tensors(base)["model.embed_tokens.weight"], tensors(merged.path)
+    other = "model.embed_tokens.weight" if target == "lm_head" else "lm_head.weight"
+    changed = "lm_head.weight" if target == "lm_head" else "model.embed_tokens.weight"
+    np.testing.assert_array_equal(after[other], before)
+    assert np.abs(after[changed] - before).max() > 0.1
+    assert merged.manifest.metrics["merge_nmse"]["value"] <= 1e-8
+    assert [line for line in merged.manifest.warnings if "they are two now, 81,920 bytes more" in line]
+    # What other programs read of the folder is the same: in memory alone it would be worth nothing.
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), adapter)
+    np.testing.assert_allclose(logits(AutoModelForCausalLM.from_pretrained(merged.path, dtype="float32")), logits(adapted), atol=1e-4)
+
+
+def test_a_plain_adapter_leaves_head_and_embedding_tied(base: Path, trained: Path, tmp_path: Path) -> None:
+    merged = slmops.merge(trained, out=tmp_path / "merged")
+    assert "lm_head.weight" not in tensors(merged.path)
+    assert json.loads((merged.path / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"lora_bias": True, "target_modules": ["q_proj"]}, "the base layer has no bias"),
+        ({"alora_invocation_tokens": [5]}, "off until certain tokens come"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "share one weight in the base"),
+        ({"init_lora_weights": "pissa_niter_4"}, "began as pissa_niter_4"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_no_weights_can_say_is_refused(base: Path, tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    adapter = peft_adapter(tmp_path / "adapter", base, lora(**settings))
+    with pytest.raises(Unavailable, match=said) as caught:
+        slmops.merge(adapter, out=tmp_path / "merged", base=base)
+    assert caught.value.exit_code == 3 and caught.value.hint
+    assert list(tmp_path.glob("merged*")) == []
+
+
+def test_an_adapter_that_peft_cannot_load_again_is_not_run_either(base: Path, tmp_path: Path) -> None:
+    """PiSSA by a randomized SVD: PEFT would take another part out of the base than was taken out in training."""
+    adapter = peft_adapter(tmp_path / "adapter", base, lora(init_lora_weights="pissa_niter_4"))
+    with pytest.raises(Unavailable, match="nobody can tell again") as caught:
+        "".join(slmops.generate(adapter, "play"))
+    assert "path_initial_model_for_weight_conversion" in caught.value.hint
 
 
 def test_an_occupied_output_is_left_alone(base: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from slmops import environment, progress
 from slmops.adapters.sources import Source, ground_warnings, ranks_of, refuse_uncombinable, refuse_unequal_ranks
 from slmops.config import MergeSettings
-from slmops.errors import BadArtifact, InvalidInput, RunFailed
+from slmops.errors import BadArtifact, InvalidInput, RunFailed, Unavailable
 from slmops.runtime import hugging_face
 
 COMBINED = "combined"
@@ -142,8 +142,9 @@ def load_all(sources: Sequence[Source]) -> tuple[Any, list[str]]:
         try:
             adapted.load_adapter(source.folder, adapter_name=names[-1], is_trainable=False)
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise BadArtifact(f"{source.folder} does not fit {source.base}: {reason}", "give the base that it was trained on") from error
+            raise BadArtifact(
+                f"{source.folder} does not fit {source.base}: {_line(error)}", "give the base that it was trained on"
+            ) from error
         hugging_face.refuse_misfits(adapted, source.folder, names[-1])
     return adapted.eval(), names
 
@@ -180,7 +181,7 @@ def combine(adapted: Any, names: Sequence[str], settings: MergeSettings) -> tupl
                 density=density_for(settings),
             )
         except ValueError as error:
-            raise InvalidInput(f"PEFT cannot combine these adapters: {' '.join(str(error).split())[:200]}", "use --strategy cat") from error
+            raise InvalidInput(f"PEFT cannot combine these adapters: {_line(error)}", "use --strategy cat") from error
     rank = int(adapted.peft_config[COMBINED].r)
     _pad(adapted, rank)
     adapted.set_adapter(COMBINED)
@@ -188,6 +189,26 @@ def combine(adapted: Any, names: Sequence[str], settings: MergeSettings) -> tupl
     if settings.strategy == "cat" and not distance <= _EXACT:
         raise RunFailed(f"the combined adapter is not the sum of its sources (off by {distance:.2g})", "report the adapters' configuration")
     return rank, distance
+
+
+def fold(adapted: Any) -> Any:
+    """Merge the active adapter into the base's weights, in memory; return the base.
+
+    Raises:
+        Unavailable: PEFT has no weights to put a part of it into (a bias where the base has none).
+        RunFailed: the merged weights are not finite.
+    """
+    try:
+        return adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise RunFailed(f"PEFT cannot merge the adapter: {_line(error)}", "train it again: its weights are damaged or too large") from error
+    except RuntimeError as error:  # NotImplementedError is one too
+        hint = "train it again with --method lora; this one runs in PyTorch only"
+        raise Unavailable(f"PEFT cannot merge the adapter: {_line(error)}", hint) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _distance_warnings(settings: MergeSettings, count: int, distance: float) -> list[str]:

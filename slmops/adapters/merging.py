@@ -99,6 +99,7 @@ def _write(draft: Draft, merger: Merger, sources: Sequence[Source], settings: Me
         if settings.into == "adapter":
             _write_adapter(draft, merger, sources)
         task.advance()
+        _untie(draft, merger.model)
         merged = _merged(draft, merger.model)
         task.advance()
         if settings.into == "base":
@@ -120,7 +121,7 @@ def _merged(draft: Draft, adapted: Any) -> Any:
     ids = _probe(adapted.config.vocab_size)
     with torch.inference_mode():
         expected = adapted(ids).logits.numpy()
-    merged = adapted.merge_and_unload(safe_merge=True)
+    merged = combining.fold(adapted)
     with torch.inference_mode():
         nmse, largest = _difference(merged(ids).logits.numpy(), expected)
     if nmse > _MERGE_NMSE:
@@ -129,6 +130,23 @@ def _merged(draft: Draft, adapted: Any) -> Any:
         )
     draft.metrics |= {"merge_nmse": {"value": nmse}, "merge_largest_difference": {"value": largest}}
     return merged
+
+
+def _untie(draft: Draft, adapted: Any) -> None:
+    """Give the head weights of its own where a LoRA changes it or the embedding alone: merged in place it would change both."""
+    from peft.tuners.lora import LoraLayer
+    from torch.nn import Parameter
+
+    network: Any = adapted.get_base_model()
+    table, head = network.get_input_embeddings(), network.get_output_embeddings()
+    if not network.config.tie_word_embeddings or not any(isinstance(layer, LoraLayer) for layer in (table, head)):
+        return
+    own: Any = head.base_layer if isinstance(head, LoraLayer) else head
+    own.weight = Parameter(own.weight.detach().clone())
+    network.config.tie_word_embeddings = False
+    if draft.kind == "model":
+        size = 4 * own.weight.numel()
+        draft.warn(f"the adapter changes one of embedding and head, which the base ties: they are two now, {size:,} bytes more")
 
 
 def _write_model(draft: Draft, merged: Any, interface: Interface | None) -> None:

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from slmops import progress, targets
-from slmops.adapters.combining import load_merger, preflight
+from slmops.adapters.combining import fold, load_merger, preflight
 from slmops.adapters.sources import Source, agreed_interface, read_sources
 from slmops.config import MergeSettings
 from slmops.errors import RunFailed
@@ -202,7 +202,7 @@ def plan_merge(given: Sequence[str | Path], settings: MergeSettings, unwritten: 
     architecture = (merger.model.config.architectures or ["none"])[0]
     targets.builder_class(architecture)
     before = _before(sources, merger.model)
-    after = {name: value.data for name, value in merger.model.merge_and_unload(safe_merge=True).named_parameters() if value.ndim == 2}
+    after = {name: value.data for name, value in fold(merger.model).named_parameters() if value.ndim == 2}
     lost = sorted(set(after) - set(before))
     if lost:
         raise RunFailed(

@@ -11,10 +11,9 @@ from slmops import artifact
 from slmops.artifact import Artifact
 from slmops.data import Interface
 from slmops.errors import BadArtifact, InvalidInput, Unavailable
+from slmops.graph import carrying
 from slmops.runtime import hugging_face
 
-# The methods of PEFT whose effect lies in the weights of linear layers; everything else has state beside them.
-_MERGEABLE = ("LORA", "LOHA", "LOKR", "IA3", "ADALORA", "OFT", "BOFT")
 # What may differ between LoRA adapters that are combined: their delta is B A times the scale, whatever these say (peft 0.21).
 _PLAIN = {
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version", "task_type", "r", "lora_alpha",
@@ -185,11 +184,7 @@ def _split(item: str | Path) -> tuple[str | None, Path]:
 def _read(name: str, folder: Path, base: str | None) -> Source:
     found = artifact.checked(folder, "adapter", "give the folder that `slmops finetune` wrote")
     details = hugging_face.read_adapter_config(folder)
-    if details.get("peft_type") not in _MERGEABLE:
-        raise Unavailable(
-            f"an adapter of type {details.get('peft_type')} has no effect on the weights: it cannot be merged",
-            f"these can: {', '.join(name.lower() for name in _MERGEABLE)}",
-        )
+    carrying.refuse_unmergeable(folder, details)
     return Source(name, folder, found, details, hugging_face.find_base(folder, found, details, base))
 
 

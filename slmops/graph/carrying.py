@@ -7,6 +7,7 @@ so an adapter is carried only when everything that its configuration says is kno
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +35,70 @@ _REASONS = {
     "fan_in_fan_out": "its layers hold their weights transposed",
 }
 # PEFT types whose effect lies in the weights, so that a merged model has it.
-_IN_THE_WEIGHTS = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT")
+IN_THE_WEIGHTS = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT")
+# But for what one weight cannot say.
+_NOT_IN_THE_WEIGHTS = {
+    "alora_invocation_tokens": "it is off until certain tokens come (aLoRA)",
+    "layer_replication": "layers that it repeats share one weight in the base and differ with it",
+}
+# PEFT takes the part out of the base again when it loads the adapter: the same one only where nothing is random or measured.
+_REPEATABLE_INITS = (*_CARRIED_INITS, None, "pissa", "olora")
+_ONLY_IN_PYTORCH = "train it again with --method lora; this one runs in PyTorch only"
+_CONVERT = (
+    "where it was trained, save it as a plain LoRA: save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL) of PEFT"
+)
 
 
-def refuse_uncarried(adapter: Path, config: dict[str, Any]) -> None:
+def refuse_uncarried(adapter: Path, config: dict[str, Any], tensors: Collection[str], parameters: Collection[str]) -> None:
     """Raise Unavailable where an adapter does more than pairs can, with what to do instead.
+
+    Args:
+        adapter: the PEFT folder.
+        config: its `adapter_config.json`.
+        tensors: names of its tensors.
+        parameters: names of the base's.
+    """
+    reasons = uncarried(config)
+    if not reasons:
+        return
+    refuse_unrepeatable(adapter, config)
+    biases = [name.removeprefix("base_model.model.").replace(".lora_B.bias", ".bias") for name in tensors if name.endswith(".lora_B.bias")]
+    if config.get("peft_type") in IN_THE_WEIGHTS and not not_in_weights(config) and all(name in parameters for name in biases):
+        way = f"give it a package of its own: slmops merge {adapter} -o MERGED, then slmops export MERGED -o PACKAGE"
+    else:
+        way = _ONLY_IN_PYTORCH
+    raise Unavailable(f"{adapter} cannot be switched at run time: {'; '.join(reasons)}", way)
+
+
+def refuse_unmergeable(adapter: Path, config: dict[str, Any]) -> None:
+    """Raise Unavailable where no weights can say what an adapter does.
 
     Args:
         adapter: the PEFT folder.
         config: its `adapter_config.json`.
     """
     kind = config.get("peft_type")
-    reasons = uncarried(config)
-    if not reasons:
-        return
-    if kind in _IN_THE_WEIGHTS and not config.get("alora_invocation_tokens"):
-        way = f"give it a package of its own: slmops merge {adapter} -o MERGED, then slmops export MERGED -o PACKAGE"
-    else:
-        way = "train it again with --method lora; this one runs in PyTorch only"
-    raise Unavailable(f"{adapter} cannot be switched at run time: {'; '.join(reasons)}", way)
+    if kind not in IN_THE_WEIGHTS:
+        raise Unavailable(f"adapters of type {kind} cannot be merged", f"these can: {', '.join(name.lower() for name in IN_THE_WEIGHTS)}")
+    reasons = not_in_weights(config)
+    if reasons:
+        raise Unavailable(f"{adapter} cannot be merged: {'; '.join(reasons)}", _ONLY_IN_PYTORCH)
+
+
+def refuse_unrepeatable(adapter: Path, config: dict[str, Any]) -> None:
+    """Raise Unavailable where PEFT would load an adapter on another base than it learned on, without a word.
+
+    PiSSA by a randomized SVD (`pissa_niter_4`) is the case that was seen: the part that is taken out of the base is another
+    one each time (NMSE of the logits 1 against the model that was saved, peft 0.21.2).
+    """
+    initialization = config.get("init_lora_weights")
+    if config.get("peft_type") == "LORA" and initialization not in _REPEATABLE_INITS:
+        raise Unavailable(f"{adapter} began as {initialization}, which takes a part out of the base that nobody can tell again", _CONVERT)
+
+
+def not_in_weights(config: dict[str, Any]) -> list[str]:
+    """Say what of an adapter no weights can say."""
+    return [reason for key, reason in _NOT_IN_THE_WEIGHTS.items() if config.get(key)]
 
 
 def uncarried(config: dict[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ Queries, keys and values stay one pair: their zeros cost less than the four oper
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,9 @@ def add_slots(model: Model, parameters: Mapping[str, tuple[int, ...]]) -> list[S
         for slot, place in zip(own, places, strict=False):
             _add_pair(model, slot, product.inputs[0], place, two_dimensional=place in flat)
         found += own
+    twice = [name for name, count in Counter(slot.name for slot in found).items() if count > 1]
+    if twice:
+        raise Unavailable(f"two layers would share the adapter inputs {twice[0]}", _WAY_OUT)
     return found
 
 
@@ -114,7 +118,8 @@ def _slots_of(model: Model, linear: Linear, parameters: Mapping[str, tuple[int, 
 
 def _short(layer: str) -> str:
     number = re.search(r"\.layers\.(\d+)\.", layer)
-    return f"{number[1]}.{layer.rpartition('.')[2]}" if number else layer
+    kind = layer.rpartition(".")[2].replace("gate_up_proj", "gate_up")  # whole it would be too long from layer 0 on
+    return f"{number[1]}.{kind}" if number else layer
 
 
 def _split(product: Node) -> Node | None:

@@ -25,10 +25,11 @@ from slmops.graph.lora import save_adapted_twins, slots
 from slmops.graph.recipes import recipe_for
 from slmops.graph.rewriting import ADAPTED, FULL
 from slmops.packing import inclusion
-from slmops.runtime import adapter_files, hugging_face
+from slmops.runtime import hugging_face
 from slmops.verification import self_test
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_BASE = "base"  # as in `verify --data base=FILE` and in every report
 
 
 def pack(source: str | Path, *, config: Any = None, **overrides: Any) -> Artifact:
@@ -67,6 +68,8 @@ def named_adapters(texts: list[str] | None) -> dict[str, Path]:
             raise InvalidInput(
                 f"adapter: {text!r} is not NAME=PATH", "write --adapter intent=runs/intent (letters, digits, . _ - in the name)"
             )
+        if name == _BASE:
+            raise InvalidInput(f"adapter: {_BASE} is what the package without an adapter is called", "choose another name")
         if name in result:
             raise InvalidInput(f"adapter: the name {name} is given twice", "give each adapter a name of its own")
         result[name] = Path(path)
@@ -179,23 +182,38 @@ def _rewrite(found: Artifact, named: dict[str, Path], dropped: set[str], base_fo
     inclusion.refuse_other_stops(found, candidates)
     if base_folder is not None:
         inclusion.refuse_other_grids(candidates, found.path, base_folder)
+    inclusion.sweep(found.path)  # of a change that was interrupted
     obsolete = [found.path / file for name in dropped for file in inclusion.files_of(facts["adapters"][name])]
     adapters = {name: held for name, held in facts["adapters"].items() if name not in dropped}
-    if base_folder is not None and candidates:
-        pairs = slots(load_graph(found.path / FULL), hugging_face.parameter_shapes(base_folder))
-        adapters |= {c.name: inclusion.include(found.path, c, pairs, facts["base"]) for c in candidates}
-        self_test.record(found.path, found.manifest.interface, facts | {"adapters": adapters}, {c.name: c.prompts for c in candidates})
-    inputs = [item for item in found.manifest.inputs if item.role.removeprefix("adapter ") not in {*dropped, *named}]
-    inputs += [artifact.input_of(found.path, f"adapter {c.name}", c.path) for c in candidates]
-    new = {file for held in adapters.values() for file in inclusion.files_of(held)}
-    kept_aside = [file for file in obsolete if str(file.relative_to(found.path)) not in new]
-    gone = sum(file.stat().st_size for file in kept_aside if file.suffix == adapter_files.SUFFIX)
-    facts = {**facts, "adapters": adapters, "size_bytes": inclusion.size_bytes(found.path) - gone}
-    warnings = [*found.manifest.warnings, *(w for c in candidates for w in c.warnings)]
-    changed = artifact.seal(found.path, without=kept_aside, facts=facts, inputs=inputs, warnings=warnings)
-    for file in kept_aside:
+    try:
+        if base_folder is not None and candidates:
+            pairs = slots(load_graph(found.path / FULL), hugging_face.parameter_shapes(base_folder))
+            adapters |= {c.name: inclusion.include(found.path, c, pairs, facts["base"]) for c in candidates}
+            self_test.record(found.path, found.manifest.interface, facts | {"adapters": adapters}, {c.name: c.prompts for c in candidates})
+        changed = _sealed(found, candidates, dropped, adapters, obsolete)
+    except BaseException:
+        inclusion.sweep(found.path)
+        raise
+    for file in obsolete:
         file.unlink(missing_ok=True)
     return changed
+
+
+def _sealed(
+    found: Artifact, candidates: list[inclusion.Candidate], dropped: set[str], adapters: dict[str, Any], obsolete: list[Path]
+) -> Artifact:
+    """Write the manifest of a package whose adapters have changed."""
+    roles = {f"adapter {name}" for name in dropped}
+    inputs = [item for item in found.manifest.inputs if item.role not in roles]
+    inputs += [artifact.input_of(found.path, f"adapter {c.name}", c.path) for c in candidates]
+    outdated = tuple(f"{name}: " for name in dropped)
+    warnings = [line for line in found.manifest.warnings if not line.startswith(outdated)]
+    warnings += [line for c in candidates for line in c.warnings]
+    size = inclusion.size_bytes(found.path) - sum(
+        held["size_bytes"] for name, held in found.manifest.facts["adapters"].items() if name in dropped
+    )
+    facts = {**found.manifest.facts, "adapters": adapters, "size_bytes": size}
+    return artifact.seal(found.path, without=obsolete, facts=facts, inputs=inputs, warnings=warnings)
 
 
 def _configure_runtime(path: Path, stops: list[int]) -> None:

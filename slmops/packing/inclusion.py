@@ -51,7 +51,7 @@ def examine(name: str, path: Path, base_folder: Path, base: str) -> Candidate:
     """
     config = hugging_face.read_adapter_config(path)
     found = artifact.checked(path, "adapter", "give the folder that `slmops finetune` wrote")
-    carrying.refuse_uncarried(path, config)
+    carrying.refuse_uncarried(path, config, hugging_face.parameter_shapes(path), hugging_face.parameter_shapes(base_folder))
     warnings = []
     recorded = found.manifest.input("base") if found is not None else None
     if recorded is None:
@@ -77,7 +77,7 @@ def include(folder: Path, candidate: Candidate, slots: Sequence[Slot], base: str
     """
     read = pairs.read_pairs(candidate.path, candidate.config)
     tensors = pairs.graph_tensors(read, slots, candidate.path)
-    file = folder / ADAPTERS / f"{candidate.name}{adapter_files.SUFFIX}"
+    file = _free(folder / ADAPTERS, candidate.name)
     file.parent.mkdir(exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
     adapter_files.write_adapter(temporary, tensors)
@@ -151,6 +151,23 @@ def files_of(facts: dict[str, Any]) -> list[str]:
     return [facts["file"], f"{stem}.self_test.json"]
 
 
+def sweep(folder: Path) -> None:
+    """Remove what an interrupted change left among a package's adapters: files that its manifest does not know."""
+    known = artifact.load(folder).manifest.files
+    for file in (folder / ADAPTERS).glob("*"):
+        if str(file.relative_to(folder)) not in known:
+            file.unlink()
+
+
 def size_bytes(folder: Path) -> int:
     """Return the size of a package's graphs, weights and adapters."""
     return sum(file.stat().st_size for pattern in ("*.onnx", "*.data", f"*{adapter_files.SUFFIX}") for file in folder.rglob(pattern))
+
+
+def _free(folder: Path, name: str) -> Path:
+    """Return a file that is not there yet: the one that an adapter replaces is the package's until the manifest says otherwise."""
+    file, number = folder / f"{name}{adapter_files.SUFFIX}", 1
+    while file.exists():
+        number += 1
+        file = folder / f"{name}.{number}{adapter_files.SUFFIX}"
+    return file

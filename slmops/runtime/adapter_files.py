@@ -27,7 +27,8 @@ def write_adapter(path: Path, tensors: Tensors) -> None:
     content = ort.AdapterFormat()
     content.set_adapter_version(1)
     content.set_model_version(1)
-    content.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in tensors.items()})
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}  # held: the runtime keeps no copy of their memory
+    content.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()})
     content.export_adapter(str(path))
 
 

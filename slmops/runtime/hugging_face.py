@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from slmops import artifact, environment
 from slmops.artifact import Artifact
 from slmops.errors import BadArtifact, Unavailable
+from slmops.graph import carrying
 
 if TYPE_CHECKING:
     from torch import nn
@@ -183,8 +184,10 @@ def attach(model: Any, adapter: Path, base: Path) -> nn.Module:
 
     Raises:
         BadArtifact: a tensor of the adapter has no place in this base, or the wrong shape.
+        Unavailable: it began as something that PEFT would not begin as again.
     """
     peft = environment.require("peft", "to load an adapter")
+    carrying.refuse_unrepeatable(adapter, read_adapter_config(adapter))
     try:
         adapted = peft.PeftModel.from_pretrained(model, adapter, is_trainable=False)
     except (RuntimeError, ValueError, KeyError) as error:

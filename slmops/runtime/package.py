@@ -12,6 +12,8 @@ check is checked before it sees an adapter: hashes, names, shapes, types and the
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -56,11 +58,13 @@ def weights_of(found: Artifact, selection: Selection) -> dict[str, float]:
     """Return the adapters that a selection names, each with its weight; empty for the base.
 
     Raises:
-        InvalidInput: the package has no such adapter.
+        InvalidInput: the package has no such adapter, or a weight is no finite number.
     """
     weights = {selection: 1.0} if isinstance(selection, str) else dict(selection or {})
-    for name in weights:
+    for name, weight in weights.items():
         adapter_facts(found, name)
+        if not math.isfinite(weight):
+            raise InvalidInput(f"adapter: the weight of {name} is {weight}", "give a number, such as 0.7")
     return weights
 
 
@@ -160,7 +164,7 @@ class _Adapter:
 
     def __init__(self, library: _Library, weights: dict[str, float]) -> None:
         self.library, self.weights = library, weights
-        self.key = "+".join(f"{name}={weight:g}" for name, weight in weights.items())
+        self.key = "+".join(f"{name}={weight!r}" for name, weight in weights.items())
 
     def tensors(self) -> Mapping[str, np.ndarray]:
         """Return its tensors: see `ActiveAdapter`."""
@@ -176,7 +180,8 @@ class _Library:
 
     def __init__(self, found: Artifact, most_loaded: int) -> None:
         self.found, self.most_loaded = found, max(1, most_loaded)
-        self._order: OrderedDict[str, None] = OrderedDict()
+        self._order: OrderedDict[str, Path] = OrderedDict()
+        self._sums = itertools.count()
         self._runtime: Any = None
         self._scratch: TemporaryDirectory[str] | None = None
 
@@ -188,7 +193,7 @@ class _Library:
             file = self._file(adapter)
             self._make_room()
             self._runtime.load(str(file), adapter.key)
-        self._order[adapter.key] = None
+            self._order[adapter.key] = file
         self._order.move_to_end(adapter.key)
         return self._runtime
 
@@ -225,7 +230,7 @@ class _Library:
         if not more and weight == 1:
             return self.found.path / adapter_facts(self.found, name)["file"]
         self._scratch = self._scratch or TemporaryDirectory(prefix="slmops-adapters-")
-        path = Path(self._scratch.name) / f"{len(list(Path(self._scratch.name).iterdir()))}{adapter_files.SUFFIX}"
+        path = Path(self._scratch.name) / f"{next(self._sums)}{adapter_files.SUFFIX}"
         adapter_files.write_adapter(path, tensors)
         return path
 
@@ -238,4 +243,6 @@ class _Library:
                 self._runtime.unload(key)
             except RuntimeError:
                 continue
-            del self._order[key]
+            file = self._order.pop(key)
+            if self._scratch is not None and file.parent == Path(self._scratch.name):
+                file.unlink()  # a sum's; until now the runtime had it mapped

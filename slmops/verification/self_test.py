@@ -19,7 +19,7 @@ import numpy as np
 from slmops import artifact, progress
 from slmops.artifact import Artifact
 from slmops.data import Interface, Tokenizer, encode_prompt, read_rows, row_format_of
-from slmops.errors import BadArtifact
+from slmops.errors import BadArtifact, SlmopsError
 from slmops.runtime.genai_runner import GenaiRunner
 from slmops.runtime.package import Package
 from slmops.verification.stages import Stage
@@ -95,8 +95,8 @@ def check_self_test(folder: Path, found: Artifact | None, adapters: Sequence[str
                 figures[key], wrong = _run(package.runner(name), content, package.interface(name))
             except BadArtifact as error:
                 figures[key], wrong = {}, [error.message]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                figures[key], wrong = {}, [f"its self-test cannot be read: {error!r}"]
+            except (OSError, ValueError, LookupError, TypeError, SlmopsError) as error:
+                figures[key], wrong = {}, [f"its self-test cannot be run: {error!r}"]
             failures += [f"{key}: {text}" for text in wrong]
             task.advance()
     package.close()
@@ -132,7 +132,7 @@ def _cases(runner: GenaiRunner, prompts: Sequence[list[int]], interface: Interfa
 
 def _run(runner: GenaiRunner, content: Mapping[str, Any], interface: Interface) -> tuple[dict[str, Any], list[str]]:
     """Return figures, and what is wrong."""
-    tolerance, largest, wrong = float(content["tolerance"]), 0.0, []
+    tolerance, largest, wrong = float(content["tolerance"]), 0.0, [] if content["cases"] else ["its self-test has no prompts"]
     for number, case in enumerate(content["cases"], 1):
         logits = runner.next_logits(case["prompt"])
         difference = max(abs(float(logits[int(token)]) - value) for token, value in case["logits"].items())
