@@ -29,15 +29,15 @@ test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed-dev
-	$(BIN)/ruff format --check slmops tests benchmarks deploy
-	$(BIN)/ruff check slmops tests benchmarks deploy
+	$(BIN)/ruff format --check slmops tests benchmarks deploy adapters
+	$(BIN)/ruff check slmops tests benchmarks deploy adapters
 
 types: $(VENV)/installed-dev
 	$(BIN)/pyright
 
 format: $(VENV)/installed-dev
-	$(BIN)/ruff format slmops tests benchmarks deploy
-	$(BIN)/ruff check --fix slmops tests benchmarks deploy
+	$(BIN)/ruff format slmops tests benchmarks deploy adapters
+	$(BIN)/ruff check --fix slmops tests benchmarks deploy adapters
 
 docs: $(VENV)/installed-dev
 	$(BIN)/python -m slmops.cli.reference > docs/commands.md
