@@ -203,7 +203,7 @@ def plan_merge(given: Sequence[str | Path], settings: MergeSettings, unwritten: 
     targets.builder_class(architecture)
     before = _before(sources, merger.model)
     after = {name: value.data for name, value in fold(merger.model).named_parameters() if value.ndim == 2}
-    lost = sorted(set(after) - set(before))
+    lost = sorted(name for name in after if name not in before)
     if lost:
         raise RunFailed(
             f"{sources[0].base} stores {lost[0]} under another name", "merge it, and let `slmops export` look at the merged model"

@@ -8,10 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from slmops import environment
+from slmops.graph.linears import EMBEDDING, HEAD
 
 
 class StoredWeights(Mapping[str, np.ndarray]):
-    """The parameters of a Hugging Face folder by name, each read as float32 when it is asked for."""
+    """The parameters of a Hugging Face folder by name, each read as float32 when it is asked for.
+
+    A head that is tied to the embedding has no file of its own: asked for by its name, it is the embedding.
+    """
 
     def __init__(self, folder: Path) -> None:
         safetensors = environment.require("safetensors", "to read weights")
@@ -21,7 +25,8 @@ class StoredWeights(Mapping[str, np.ndarray]):
             self._files |= dict.fromkeys(stored.keys(), stored)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name).float().numpy()
+        place = self._place(name)
+        return self._files[place].get_tensor(place).float().numpy()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -30,4 +35,8 @@ class StoredWeights(Mapping[str, np.ndarray]):
         return len(self._files)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files  # Mapping's own would read the tensor
+        return self._place(name) in self._files  # Mapping's own would read the tensor
+
+    def _place(self, name: object) -> str:
+        tied = name == f"{HEAD}.weight" and name not in self._files
+        return f"{EMBEDDING}.weight" if tied else str(name)

@@ -23,6 +23,7 @@ from slmops.verification import behaviour, surface, weights
 from slmops.verification.bars import Bars
 from slmops.verification.stages import Stage, Status, Verdict, concluded, exactly
 from slmops.verification.subject import Subject, adapter_subject
+from slmops.verification.texts import OPENINGS
 
 # Of a pair's product against PEFT's, relative: float32 holds both to 1e-7; an int8 copy is 5e-3 away.
 _TENSOR_BAR = 1e-5
@@ -33,7 +34,7 @@ def check_adapters(base: Subject, bars: Bars) -> Stage:
     """Prove the adapters of a package, one after the other, and then that they do not touch each other."""
     if not base.adapters or base.opened is None:
         return Stage("adapters", "skipped", "the package has no runtime adapters")
-    chosen = base.settings.adapter or list(base.adapters)
+    chosen = list(dict.fromkeys(base.settings.adapter or base.adapters))  # named twice, it would be alike to itself
     figures: dict[str, Any] = {}
     stages = []
     for name in chosen:
@@ -202,7 +203,7 @@ def _check_effect(subject: Subject) -> Stage:
 def _cross_talk(base: Subject, names: list[str], figures: dict[str, Any]) -> list[Verdict]:
     """Switch among the adapters and the base, at random, through the device's runtime: each gives its own logits bit for bit."""
     assert base.opened is not None
-    prompt = _prompts(base)[0]
+    prompt = next(iter(_prompts(base)), base.tokenizer.encode(OPENINGS[0]))
     states: list[str | None] = [None, *names]
     own = {name: base.opened.runner(name).runtime_logits(prompt) for name in states}
     alone = base.opened.runner(None).next_logits(prompt)

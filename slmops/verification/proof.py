@@ -11,8 +11,9 @@ from typing import Any
 from slmops import artifact, progress
 from slmops.artifact import Artifact
 from slmops.config import VerifySettings, flat, load
-from slmops.errors import BadArtifact
+from slmops.errors import BadArtifact, InvalidInput
 from slmops.runtime import loading
+from slmops.runtime.package import adapter_facts
 from slmops.verification import behaviour, surface, weights
 from slmops.verification.adapters import check_adapters
 from slmops.verification.bars import bars_for
@@ -66,7 +67,7 @@ def verify(package: str | Path, *, config: Any = None, **overrides: Any) -> Veri
 
     Raises:
         BadArtifact: not an export, or its baseline is unknown, gone or changed.
-        InvalidInput: a setting or the rows are wrong.
+        InvalidInput: a setting or the rows are wrong, or the package has no such adapter.
         Unavailable: PyTorch or onnxruntime-genai is missing.
     """
     settings = load(VerifySettings, config, **overrides)
@@ -77,6 +78,8 @@ def verify(package: str | Path, *, config: Any = None, **overrides: Any) -> Veri
     if settings.out is not None:
         artifact.refuse_occupied(settings.out, force=settings.force)
     found, edited = _manifest(folder)
+    for name in (settings.adapter or ()) if edited is None else ():
+        _require_adapter(folder, found, name)
     stages = [surface.check_files(found, edited)]
     subject, precision, warnings = None, "", []
     if settings.self_test and stages[0].status != "fail":
@@ -118,6 +121,13 @@ def _run(subject: Subject, warnings: list[str]) -> list[Stage]:
         warnings.append(f"bars set by hand: {', '.join(bars.overridden)}")
     subject.close()
     return stages
+
+
+def _require_adapter(folder: Path, found: Artifact | None, name: str) -> None:
+    """Raise InvalidInput where a folder has no such adapter: nothing would be proven of it."""
+    if found is None:
+        raise InvalidInput(f"adapter: {folder} is not a package with adapters", "leave --adapter out")
+    adapter_facts(found, name)
 
 
 def _manifest(folder: Path) -> tuple[Artifact | None, str | None]:
