@@ -422,3 +422,18 @@ def test_a_change_that_fails_leaves_nothing_behind(place: Place, package: Path, 
     with pytest.raises(KeyboardInterrupt):
         slmops.pack(package, adapter=[f"intent={place.foreign}", f"new={place.foreign}"], force=True)
     assert (hashes(package), (package / artifact.MANIFEST).read_bytes()) == before
+
+
+def test_an_export_is_packed_as_it_is(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    export = slmops.export(base, out=tmp_path / "export", precision="int4", block_size=16).path
+    adapter = make_adapter(tmp_path / "adapter", base)
+    package = slmops.pack(export, adapter=[f"a={adapter}"], out=tmp_path / "package").path
+    assert (package / "model.onnx.data").read_bytes() == (export / "model.onnx.data").read_bytes()
+    facts = artifact.load(package).manifest.facts
+    assert facts["recipe"] == artifact.load(export).manifest.facts["recipe"] and list(facts["adapters"]) == ["a"]
+    with pytest.raises(InvalidInput, match="precision: .* has int4, and fp32 was asked for"):
+        slmops.pack(export, precision="fp32", out=tmp_path / "other")
+    with pytest.raises(InvalidInput, match="block_size: .* has 16, and 32 was asked for"):
+        slmops.pack(export, block_size=32, out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()

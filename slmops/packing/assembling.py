@@ -85,6 +85,8 @@ def _assemble(source: Path, named: dict[str, Path], settings: PackSettings) -> A
     artifact.refuse_occupied(settings.out, force=settings.force)
     found = artifact.find(source) if source.is_dir() else None
     exported = found if found is not None and found.manifest.kind == "export" else None
+    if exported is not None:
+        _refuse_unlike(exported, settings)
     model = _model_of(exported) if exported is not None else source
     target = targets.find(settings.device, settings.provider, settings.precision)
     recipe = recipe_for(settings.precision, settings.block_size)
@@ -121,6 +123,15 @@ def _assemble(source: Path, named: dict[str, Path], settings: PackSettings) -> A
                 draft.warn(warning)
         self_test.record(draft.folder, draft.interface, draft.facts, {c.name: c.prompts for c in candidates})
     return draft.done()
+
+
+def _refuse_unlike(exported: Artifact, settings: PackSettings) -> None:
+    """Raise InvalidInput where a setting asks for another export than the one that is given."""
+    for name in ("device", "provider", "precision", "block_size", "max_length_tokens"):
+        wanted = getattr(settings, name)
+        held = exported.manifest.facts.get(name, exported.manifest.config.get(name))
+        if name in settings.model_fields_set and wanted is not None and wanted != held:
+            raise InvalidInput(f"{name}: {exported.path} has {held}, and {wanted} was asked for", "leave it out, or pack the model itself")
 
 
 def _model_of(exported: Artifact) -> Path:
