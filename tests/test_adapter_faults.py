@@ -57,6 +57,8 @@ def test_the_good_package_passes(package: Path, shared: Path) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_is_found(package: Path, shared: Path, fault: Fault) -> None:
+    if package.name == "fp32":
+        pytest.skip("found alike in int4; benchmarks/adapter_faults.py runs all of them on any package")
     found = found_in(package, "intent", fault, package.parent / "faulty", shared / "data/snips/test.jsonl", *FLAGS)
     print(line(package, fault.name, found))
     assert is_found(found, fault, "intent"), (found.failed_stage, found.explanation)
