@@ -16,10 +16,14 @@ import pytest
 from tiny import COMPLETION, PROMPT, ROWS, make_export, make_model, write_rows
 
 from slmops import artifact
+from slmops.config import Settings, setting
 from slmops.errors import BadArtifact, InvalidInput
 from slmops.pipeline import PipelineResult, run
 from slmops.pipeline.gates import missed, parse_bar
 from slmops.pipeline.plan import Plan, Reference, choose_steps, read_plan
+from slmops.pipeline.running import config_of
+from slmops.pipeline.state import key_of
+from slmops.pipeline.verbs import VERBS, Verb
 
 TEMPLATES = f"prompt_template: {json.dumps(PROMPT)}, completion_template: {json.dumps(COMPLETION)}"
 FINETUNE = f"{{{TEMPLATES}, max_steps: 30, batch_size: 8, validation_share: 0, lora_rank: 4, learning_rate: 5e-3}}"
@@ -147,6 +151,77 @@ def test_out_is_beside_the_file_by_default(place: Path):
     assert plan(place, "  export: {}\n").out == place / "road-runs"
 
 
+def test_a_file_that_an_earlier_step_will_have_written(place: Path):
+    found = plan(place, "  house: {verb: demo}\n  finetune: {use: house, data: house/data/train.jsonl, validation: house/data/v.jsonl}\n")
+    assert found.steps[0].inputs == {}
+    assert found.steps[1].inputs["source"] == Reference(step="house")
+    assert found.steps[1].inputs["data"] == Reference(step="house", file="data/train.jsonl")
+    assert found.place(found.steps[1].inputs["validation"]) == str(found.out / "house" / "data" / "v.jsonl")
+    assert [step.name for step in choose_steps(found, ["finetune"])] == ["house", "finetune"]
+    # It is told by its content, and one that is not there is named before the verb looks for it on the hub.
+    written = found.out / "house" / "data" / "train.jsonl"
+    written.parent.mkdir(parents=True)
+    write_rows(written)
+    with pytest.raises(InvalidInput, match="step house wrote no file data/v.jsonl"):
+        key_of(found, found.steps[1])
+    write_rows(written.with_name("v.jsonl"))
+    key = key_of(found, found.steps[1])
+    write_rows(written, ROWS[:3])
+    assert key_of(found, found.steps[1]) != key
+
+
+class GatherSettings(Settings):
+    """A verb that takes several adapters by name."""
+
+    adapters: dict[str, Path] = setting({}, "adapters of a package by their names")
+
+
+@pytest.fixture
+def gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VERBS, "gather", Verb(GatherSettings, "gather", ("model",), "package", "model", nearest=False, named=("adapters",)))
+
+
+@pytest.mark.usefixtures("gather")
+def test_adapters_by_name_are_steps_or_folders(place: Path):
+    (place / "theirs").mkdir()
+    steps = "  a: {verb: finetune}\n  b: {verb: finetune, seed: 1}\n  gather: {adapters: {intent: a, slots: b, other: theirs}}\n"
+    found = plan(place, steps)
+    step = found.steps[2]
+    assert step.needs == ("a", "b")
+    assert step.inputs["adapters.intent"] == Reference(step="a")
+    assert step.inputs["adapters.other"] == Reference(place=str(place / "theirs"))
+    runs = found.out
+    assert config_of(found, step)["adapters"] == {"intent": str(runs / "a"), "slots": str(runs / "b"), "other": str(place / "theirs")}
+    # A name is part of what a package is; where an adapter lies is not.
+    for folder, content in (("a", "1"), ("b", "2")):
+        (runs / folder).mkdir(parents=True)
+        (runs / folder / "adapter_model.safetensors").write_text(content)
+    key = key_of(found, step)
+    renamed = plan(place, steps.replace("intent: a", "intention: a"))
+    assert key_of(renamed, renamed.steps[2]) != key
+    (place / "copy").mkdir()
+    (place / "copy" / "adapter_model.safetensors").write_text("1")
+    moved = plan(place, steps.replace("intent: a", "intent: copy"))
+    assert key_of(moved, moved.steps[2]) == key
+
+
+@pytest.mark.usefixtures("gather")
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        ("[a]", "steps.gather.adapters: must map names"),
+        ("{in/tent: a}", "steps.gather.adapters: must map names"),
+        ("{intent: merge}", "steps.gather.adapters.intent: merge makes model, and adapter is needed"),
+        ("{intent: evaluate}", "steps.gather.adapters.intent: evaluate makes no folder, and adapter is needed"),
+        ("{intent: aa}", "steps.gather.adapters.intent: no such file or folder"),
+    ],
+)
+def test_what_is_no_adapter_by_name(place: Path, adapters: str, message: str):
+    with pytest.raises(InvalidInput) as caught:
+        plan(place, f"  a: {{verb: finetune}}\n  merge: {{}}\n  evaluate: {{data: test.jsonl}}\n  gather: {{adapters: {adapters}}}\n")
+    assert message in caught.value.message
+
+
 # What is wrong with it
 
 
@@ -196,6 +271,8 @@ steps:
         ("  export: {use: [1]}\n", "steps.export.use: no earlier step"),
         ("  data: {verb: export}\n", "steps.data: no name for a step"),
         ("  a/b: {verb: export}\n", "steps.a/b: no name for a step"),
+        ("  demo: {use: model}\n", "steps.demo.use: it starts from nothing"),
+        ("  demo: {}\n  finetune: {data: demo/../../train.jsonl}\n", "demo/../../train.jsonl leaves the folder of step demo"),
         ("  export: {out: here}\n", "steps.export.out: the pipeline decides it"),
         ("  export: {gate: 3}\n", "steps.export.gate: must be a mapping"),
         ("  {}\n", "steps: must be a mapping with at least one step"),

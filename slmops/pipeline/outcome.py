@@ -11,6 +11,7 @@ Status = Literal["done", "skipped", "failed"]
 
 # verb -> label and place in the document of the figures that a summary shows
 _FIGURES = {
+    "demo": {"rows": "rows", "parameters": "parameters", "train_loss": "metrics.train_loss"},
     "prepare": {"rows": "rows"},
     "finetune": {"train_loss": "metrics.train_loss", "validation_loss": "metrics.validation_loss", "rows": "rows"},
     "merge": {"size_bytes": "size_bytes"},

@@ -13,7 +13,8 @@ steps:
   evaluate: {use: export, data: test.jsonl, gate: {exact_match: 0.95}}
 ```
 
-Everything that can be wrong is found before anything runs, and reported at once.
+`STEP/FILE` is a file that an earlier step will have written (`data: household/data/train.jsonl`). Everything that can be
+wrong is found before anything runs, and reported at once.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class Reference:
     step: str | None = None
     place: str | None = None
     """A path, or a hub id."""
+    file: str = ""
+    """Of a step: one file of its folder."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Plan:
 
     def place(self, reference: Reference) -> str:
         """Return the path, or hub id, that a reference stands for."""
-        return str(self.out / reference.step) if reference.step is not None else str(reference.place)
+        return str(self.out / reference.step / reference.file) if reference.step is not None else str(reference.place)
 
 
 @dataclass
@@ -132,6 +135,11 @@ def choose_steps(plan: Plan, only: Sequence[str] | None) -> tuple[Step, ...]:
     return tuple(step for step in plan.steps if step.name in wanted)
 
 
+def named_inputs(setting: str, inputs: Mapping[str, Reference]) -> dict[str, Reference]:
+    """Return the inputs that belong to a setting of `Verb.named`, by the user's names for them."""
+    return {role.removeprefix(f"{setting}."): reference for role, reference in inputs.items() if role.startswith(f"{setting}.")}
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """Return ` (did you mean X?)`, or nothing where no known name is near."""
     from difflib import get_close_matches
@@ -166,6 +174,8 @@ def _step(reading: _Reading, name: str, given: Any) -> Step | None:
 def _wire(reading: _Reading, where: str, verb: Verb, given: Mapping[str, Any]) -> dict[str, Reference]:
     """Find what a step starts from, and every other input that it names."""
     inputs: dict[str, Reference | None] = {"source": _source(reading, where, verb, given.get("use"))}
+    for name in verb.named:
+        inputs |= _adapters(reading, f"{where}.{name}", name, given.get(name))
     if verb.rows:
         inputs["data"] = _rows(reading, where, verb, given.get("data"))
     for name in verb.paths:
@@ -177,6 +187,10 @@ def _wire(reading: _Reading, where: str, verb: Verb, given: Mapping[str, Any]) -
 
 def _source(reading: _Reading, where: str, verb: Verb, use: Any) -> Reference | None:
     """Find the step, or the pipeline's model or data, that a step starts from."""
+    if not verb.takes:
+        if use is not None:
+            reading.problems.append(f"{where}.use: it starts from nothing; leave it out")
+        return None
     if use is not None and use == verb.falls_back:
         return _fallback(reading, where, verb)
     if use is not None:
@@ -215,10 +229,32 @@ def _rows(reading: _Reading, where: str, verb: Verb, given: Any) -> Reference | 
 
 
 def _named(reading: _Reading, where: str, value: Any, kinds: tuple[str, ...]) -> Reference | None:
-    """Return the earlier step of that name, if it makes one of the kinds, or else the path."""
-    if isinstance(value, str) and reading.makes.get(value) in kinds:
+    """Return the earlier step of that name, if it makes one of the kinds, or a file of an earlier step's, or else the path."""
+    if isinstance(value, str) and reading.makes.get(value) in (*kinds, "anything"):
         return Reference(step=value)
+    step, _, file = value.partition("/") if isinstance(value, str) else ("", "", "")
+    if file and reading.makes.get(step) is not None:
+        if ".." in file.split("/"):
+            reading.problems.append(f"{where}: {value} leaves the folder of step {step}")
+        return Reference(step=step, file=file)
     return _outside(_located(reading, where, value))
+
+
+def _adapters(reading: _Reading, where: str, setting: str, given: Any) -> dict[str, Reference | None]:
+    """Find the adapters of a mapping NAME -> earlier step or folder; the role of each is `setting.NAME`."""
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(isinstance(name, str) and _NAME.match(name) for name in given):
+        reading.problems.append(f"{where}: must map names (letters, digits, - and _) to adapters, not {given!r}")
+        return {}
+    found: dict[str, Reference | None] = {}
+    for name, value in given.items():
+        made = reading.makes.get(value, "") if isinstance(value, str) else ""
+        if made not in ("", "adapter", "anything"):
+            reading.problems.append(f"{where}.{name}: {value} makes {made or 'no folder'}, and adapter is needed")
+        else:
+            found[f"{setting}.{name}"] = _named(reading, f"{where}.{name}", value, ("adapter",))
+    return found
 
 
 def _settings(reading: _Reading, where: str, verb: Verb, given: Mapping[str, Any], inputs: Mapping[str, Reference]) -> Settings | None:
@@ -231,6 +267,9 @@ def _settings(reading: _Reading, where: str, verb: Verb, given: Mapping[str, Any
             reading.problems.append(f"{where}.{key}: unknown setting{nearest(str(key), [*names, *own])}")
     values = {key: value for key, value in given.items() if key in names and key not in DECIDED and not (verb.rows and key == "data")}
     values |= {role: reference.step or reference.place for role, reference in inputs.items() if role in verb.paths}
+    for name in verb.named:
+        if name in values:
+            values[name] = {key: reference.step or reference.place for key, reference in named_inputs(name, inputs).items()}
     try:
         return load(verb.settings, values)
     except InvalidInput as error:

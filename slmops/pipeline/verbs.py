@@ -30,9 +30,12 @@ class Verb:
     """It takes rows as its second argument (`data`)."""
     paths: tuple[str, ...] = ()
     """Settings that name a file, a folder or an earlier step."""
+    named: tuple[str, ...] = ()
+    """Settings that map names of the user's to adapter folders or earlier steps: `adapters: {intent: STEP, slots: STEP}`."""
 
 
 VERBS = {
+    "demo": Verb(config.DemoSettings, "make_demo", (), "model"),
     "prepare": Verb(config.PrepareSettings, "prepare_data", ("dataset",), "dataset", "data", nearest=False),
     # Several fine-tunes of one base are the common case, not one on top of another's merged model.
     "finetune": Verb(
