@@ -144,6 +144,9 @@ def test_a_recipe_builds_from_nothing_and_meets_its_gate(folder: Path, tmp_path_
     result = run(copies / folder.name / "pipeline.yaml")
     assert result.passed, result.failed
     step = next(step for step in result.steps if step.verb == "finetune")
-    before, after = (result.step(f"{step.name}_{when}") for when in ("before", "after"))
+    before, after, packed, proof = (result.step(f"{step.name}_{what}") for what in ("before", "after", "packed", "package_proof"))
     assert before is not None and before.figures()["exact_match"] <= 0.05
     assert after is not None and after.figures()["exact_match"] >= 0.9
+    assert packed is not None and packed.figures()["exact_match"] >= 0.9
+    stages = {stage["name"]: stage["status"] for stage in proof.result["stages"]} if proof is not None else {}
+    assert stages["adapters"] == stages["self_test"] == "pass", stages

@@ -16,14 +16,12 @@ import pytest
 from tiny import COMPLETION, PROMPT, ROWS, make_export, make_model, write_rows
 
 from slmops import artifact
-from slmops.config import Settings, setting
 from slmops.errors import BadArtifact, InvalidInput
 from slmops.pipeline import PipelineResult, run
 from slmops.pipeline.gates import missed, parse_bar
 from slmops.pipeline.plan import Plan, Reference, choose_steps, read_plan
 from slmops.pipeline.running import config_of
 from slmops.pipeline.state import key_of
-from slmops.pipeline.verbs import VERBS, Verb
 
 TEMPLATES = f"prompt_template: {json.dumps(PROMPT)}, completion_template: {json.dumps(COMPLETION)}"
 FINETUNE = f"{{{TEMPLATES}, max_steps: 30, batch_size: 8, validation_share: 0, lora_rank: 4, learning_rate: 5e-3}}"
@@ -170,28 +168,16 @@ def test_a_file_that_an_earlier_step_will_have_written(place: Path):
     assert key_of(found, found.steps[1]) != key
 
 
-class GatherSettings(Settings):
-    """A verb that takes several adapters by name."""
-
-    adapters: dict[str, Path] = setting({}, "adapters of a package by their names")
-
-
-@pytest.fixture
-def gather(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(VERBS, "gather", Verb(GatherSettings, "gather", ("model",), "package", "model", nearest=False, named=("adapters",)))
-
-
-@pytest.mark.usefixtures("gather")
 def test_adapters_by_name_are_steps_or_folders(place: Path):
     (place / "theirs").mkdir()
-    steps = "  a: {verb: finetune}\n  b: {verb: finetune, seed: 1}\n  gather: {adapters: {intent: a, slots: b, other: theirs}}\n"
+    steps = "  a: {verb: finetune}\n  b: {verb: finetune, seed: 1}\n  pack: {adapter: {intent: a, slots: b, other: theirs}}\n"
     found = plan(place, steps)
     step = found.steps[2]
     assert step.needs == ("a", "b")
-    assert step.inputs["adapters.intent"] == Reference(step="a")
-    assert step.inputs["adapters.other"] == Reference(place=str(place / "theirs"))
+    assert step.inputs["adapter.intent"] == Reference(step="a")
+    assert step.inputs["adapter.other"] == Reference(place=str(place / "theirs"))
     runs = found.out
-    assert config_of(found, step)["adapters"] == {"intent": str(runs / "a"), "slots": str(runs / "b"), "other": str(place / "theirs")}
+    assert config_of(found, step)["adapter"] == [f"intent={runs / 'a'}", f"slots={runs / 'b'}", f"other={place / 'theirs'}"]
     # A name is part of what a package is; where an adapter lies is not.
     for folder, content in (("a", "1"), ("b", "2")):
         (runs / folder).mkdir(parents=True)
@@ -205,21 +191,34 @@ def test_adapters_by_name_are_steps_or_folders(place: Path):
     assert key_of(moved, moved.steps[2]) == key
 
 
-@pytest.mark.usefixtures("gather")
 @pytest.mark.parametrize(
     ("adapters", "message"),
     [
-        ("[a]", "steps.gather.adapters: must map names"),
-        ("{in/tent: a}", "steps.gather.adapters: must map names"),
-        ("{intent: merge}", "steps.gather.adapters.intent: merge makes model, and adapter is needed"),
-        ("{intent: evaluate}", "steps.gather.adapters.intent: evaluate makes no folder, and adapter is needed"),
-        ("{intent: aa}", "steps.gather.adapters.intent: no such file or folder"),
+        ("[a]", "steps.pack.adapter: must map names"),
+        ("{in/tent: a}", "steps.pack.adapter: must map names"),
+        ("{intent: merge}", "steps.pack.adapter.intent: merge makes model, and adapter is needed"),
+        ("{intent: evaluate}", "steps.pack.adapter.intent: evaluate makes no folder, and adapter is needed"),
+        ("{intent: aa}", "steps.pack.adapter.intent: no such file or folder"),
     ],
 )
 def test_what_is_no_adapter_by_name(place: Path, adapters: str, message: str):
     with pytest.raises(InvalidInput) as caught:
-        plan(place, f"  a: {{verb: finetune}}\n  merge: {{}}\n  evaluate: {{data: test.jsonl}}\n  gather: {{adapters: {adapters}}}\n")
+        plan(place, f"  a: {{verb: finetune}}\n  merge: {{}}\n  evaluate: {{data: test.jsonl}}\n  pack: {{adapter: {adapters}}}\n")
     assert message in caught.value.message
+
+
+def test_rows_of_a_package_are_given_by_adapter(place: Path):
+    found = plan(
+        place,
+        "  house: {verb: demo}\n  a: {verb: finetune, use: house}\n  pack: {use: house, adapter: {intent: a}}\n"
+        "  verify: {data: {intent: house/data/test.jsonl, base: test.jsonl}}\n  bench: {adapter: intent, data: test.jsonl}\n"
+        "  evaluate: {adapter: [intent], data: test.jsonl}\n  alone: {verb: verify, data: test.jsonl}\n",
+    )
+    assert [source(found, name) for name in ("pack", "verify", "bench", "evaluate", "alone")] == ["house", "pack", "pack", "pack", "pack"]
+    rows = [f"intent={found.out / 'house' / 'data' / 'test.jsonl'}", f"base={place / 'test.jsonl'}"]
+    assert config_of(found, found.steps[3])["data"] == rows
+    assert config_of(found, found.steps[4])["adapter"] == config_of(found, found.steps[5])["adapter"] == ["intent"]
+    assert config_of(found, found.steps[6])["data"] == str(place / "test.jsonl")
 
 
 # What is wrong with it
@@ -265,8 +264,8 @@ steps:
     ("steps", "message"),
     [
         ("  merge: {}\n", "steps.merge: no earlier step makes the adapter that it needs"),
-        ("  verify: {}\n", "steps.verify: no earlier step makes the export that it needs"),
-        ("  finetune: {}\n  bench: {use: finetune}\n", "steps.bench.use: finetune makes adapter, and export is needed"),
+        ("  verify: {}\n", "steps.verify: no earlier step makes the export or package that it needs"),
+        ("  finetune: {}\n  bench: {use: finetune}\n", "steps.bench.use: finetune makes adapter, and export or package is needed"),
         ("  export: {}\n  verify: {}\n  evaluate: {use: verify, data: test.jsonl}\n", "verify makes no folder"),
         ("  export: {use: [1]}\n", "steps.export.use: no earlier step"),
         ("  data: {verb: export}\n", "steps.data: no name for a step"),

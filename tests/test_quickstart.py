@@ -69,6 +69,8 @@ def test_the_whole_road_offline_and_proven(folder: Path):
     assert figures["exact_match_finetuned"] >= 0.95
     for recipe in RECIPES[1:]:
         assert figures[f"exact_match_{recipe.name}"] >= recipe.gate
+    assert figures["package_verified"] is True
+    assert all(figures[f"exact_match_{recipe.name}_packed"] >= recipe.gate for recipe in RECIPES)
     assert figures["exact_match_package"] >= figures["exact_match_finetuned"] - 0.01
     assert figures["verified"] is True
     assert figures["size_bytes"] < 900_000  # of one million weights, 512 bytes of vocabulary a token included
@@ -76,6 +78,11 @@ def test_the_whole_road_offline_and_proven(folder: Path):
     assert figures["decode_ratio"] > 1
     assert document["bench"]["ratio"]["decode"]["value"] == figures["decode_ratio"]
     assert document["sample"] == {"prompt": "turn off the lights in the attic", "text": "light"}
+    assert document["answers"] == {
+        "intent": "light",
+        "slots": '{"device":"lamp","room":"attic","state":"off"}',
+        "replies": "With pleasure. I will see to the light in the attic.",
+    }
     assert document["next"][0].startswith("slmops finetune ")
     verify = next(step for step in document["steps"] if step["name"] == "verify")
     stages = {stage["name"]: stage["status"] for stage in verify["document"]["stages"]}
@@ -98,6 +105,10 @@ def test_again_in_the_same_folder_nothing_is_done_again(folder: Path):
     # Another precision: the fine-tune stays.
     document, _ = typed("-o", str(folder), "--precision", "int8")
     statuses = {step["name"]: step["status"] for step in document["steps"]}
-    assert {name for name, status in statuses.items() if status == "done"} == {"export", "verify", "evaluate", "bench"}
+    packed = {f"{recipe.name}_packed" for recipe in RECIPES}
+    assert {name for name, status in statuses.items() if status == "done"} == {
+        *("package", "package_proof", "export", "verify", "evaluate", "bench"),
+        *packed,
+    }
     assert {status for name, status in statuses.items() if name in ("household", "intent", "slots", "replies", "merge")} == {"skipped"}
     assert document["figures"]["exact_match_package"] >= document["figures"]["exact_match_finetuned"] - 0.005

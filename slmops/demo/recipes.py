@@ -1,12 +1,13 @@
 """What are the recipes of the folder `adapters/`, and how do their steps stand in a pipeline?
 
-Every recipe trains one adapter on the demo's base model and holds it against a gate. The pipeline files in `adapters/`
+Every recipe trains one adapter on the demo's base model, packs it, and holds it against its gate before and after. The pipeline files in `adapters/`
 are written from here (`python -m slmops.demo.recipes adapters`), and `quickstart` puts the same steps into its own.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,16 @@ _STEPS = """\
     {{verb: evaluate, use: {name}, base: true, data: {base}/data/test.jsonl}}
   {name}_after:{short_pad} # what it does with it
     {{verb: evaluate, use: {name}, data: {base}/data/test.jsonl, gate: {{exact_match: {gate:g}}}}}
+"""
+_PACKAGE_STEPS = """\
+  {package}:{pad}# base + adapters -> package: quantized once, each adapter a small file, switched per request
+    {{verb: pack, use: {base}, adapter: {{{adapters}}}, precision: {precision}}}
+  {package}_proof:{proof_pad}# base and adapters of the package against PyTorch, stage by stage, and its self-test
+    {{verb: verify, use: {package}, data: {{{rows}}}, metric: exact_match}}
+"""
+_PACKED_STEP = """\
+  {name}_packed:{pad}# the adapter as the package runs it
+    {{verb: evaluate, use: {package}, adapter: {name}, data: {base}/data/test.jsonl, gate: {{exact_match: {gate:g}}}}}
 """
 
 
@@ -86,12 +97,13 @@ class Recipe:
 
     def pipeline(self) -> str:
         """Return its pipeline file."""
-        return _HEAD.format(file=f"adapters/{self.folder}/pipeline.yaml") + base_step() + self.steps()
+        head = _HEAD.format(file=f"adapters/{self.folder}/pipeline.yaml")
+        return head + base_step() + self.steps() + package_steps((self,), f"{self.name}_package")
 
 
 RECIPES = (
     Recipe("intent", "which of eight things is meant", "intent", "Intent", 16, (), 2e-3, 1, 0.95),
-    Recipe("slots", "the details, as a JSON object", "slots", "Slots", 8, (), 4e-3, 2, 0.9),
+    Recipe("slots", "the details, as a JSON object", "slots", "Slots", 8, (), 4e-3, 3, 0.9),
     Recipe("replies", "a butler's answer", "reply", "Reply", 4, ("q_proj", "v_proj"), 4e-3, 1, 0.9),
 )
 """Different ranks and layers on purpose: a package must carry them side by side."""
@@ -100,6 +112,22 @@ RECIPES = (
 def base_step(seed: int = 0) -> str:
     """Return the step that every recipe starts from, as YAML."""
     return _BASE_STEP.format(base=BASE, seed=seed)
+
+
+def package_steps(recipes: Sequence[Recipe], package: str, precision: str = "int4") -> str:
+    """Return the steps that pack the adapters of some recipes, prove the package, and hold each to its gate again, as YAML."""
+    steps = _PACKAGE_STEPS.format(
+        base=BASE,
+        package=package,
+        adapters=", ".join(f"{recipe.name}: {recipe.name}" for recipe in recipes),
+        rows=", ".join(f"{recipe.name}: {BASE}/data/test.jsonl" for recipe in recipes),
+        precision=precision,
+        pad=" " * (25 - len(package)),
+        proof_pad=" " * (19 - len(package)),
+    )
+    for recipe in recipes:
+        steps += _PACKED_STEP.format(base=BASE, package=package, name=recipe.name, gate=recipe.gate, pad=" " * (18 - len(recipe.name)))
+    return steps
 
 
 def write_pipelines(folder: Path) -> None:

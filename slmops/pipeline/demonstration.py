@@ -11,7 +11,7 @@ from typing import Any
 import slmops
 from slmops import demo
 from slmops.config import QuickstartSettings, load
-from slmops.demo.recipes import BASE, RECIPES, base_step
+from slmops.demo.recipes import BASE, RECIPES, base_step, package_steps
 from slmops.errors import BadArtifact, RunFailed
 from slmops.pipeline.outcome import PipelineResult, value_of
 from slmops.pipeline.running import run
@@ -26,15 +26,16 @@ out: runs                   # one folder or one .json a step
 
 steps:
 """
-# What becomes of the first recipe's adapter.
+_PACKAGE = "package"
+# What else can become of an adapter.
 _ROAD = """\
-  merge:                    # adapter -> model
+  merge:                    # or one adapter alone: adapter -> model
     {use: @FIRST@}
-  export:                   # model -> package
+  export:                   # model -> export
     {precision: @PRECISION@}
-  verify:                   # the package against PyTorch, stage by stage
+  verify:                   # the export against PyTorch, stage by stage
     {data: @ROWS@, metric: exact_match}
-  evaluate:                 # the package on the task
+  evaluate:                 # the export on the task
     {data: @ROWS@, gate: {exact_match: @GATE@}}
   bench:                    # speed, memory, size and accuracy against PyTorch
     {data: @ROWS@, metric: exact_match, rounds: 5}
@@ -45,6 +46,7 @@ _NEXT = (
     r"slmops export runs/merged -o runs/@PRECISION@ --precision @PRECISION@",
     r"slmops verify runs/@PRECISION@ --data test.jsonl --metric exact_match",
     r"slmops bench runs/@PRECISION@ --data test.jsonl --metric exact_match",
+    r"slmops pack HuggingFaceTB/SmolLM2-135M-Instruct --adapter mine=runs/adapter -o runs/package --precision @PRECISION@",
 )
 _GUIDE = """# What is here
 
@@ -56,10 +58,12 @@ Made by `slmops quickstart`, offline, on this machine.
 | `runs/@BASE@/` | a Llama of one million weights, trained from scratch in half a minute on plain text of a small household |
 | `runs/@BASE@/data/` | that text, and commands to a device as rows `text`, `intent`, `slots`, `reply`: no text is in two of the three files |
 | @ADAPTERS@ | adapters for that base, of different ranks and layers: @PURPOSES@ |
-| `runs/merge`, `runs/export` | model and package of the first of them; `slmops show runs/export` says where it came from |
+| `runs/package` | the three on one quantized base, switched per request; `slmops show runs/package` says where it came from |
+| `runs/merge`, `runs/export` | the first of them alone, merged into the base |
 | `runs/*.json` | what the measures found; `*.predictions.jsonl` has each row's answer |
 
-Try it: `slmops generate runs/export 'please @PROMPT@'`
+Try it: `slmops generate runs/package 'please @PROMPT@' --adapter slots`, with `--adapter intent` or `replies`, or without; on a device without
+PyTorch: `slmops verify runs/package --self-test`.
 
 # The same with your own model and data
 
@@ -83,7 +87,9 @@ class QuickstartResult:
 
     result: PipelineResult
     sample: dict[str, str] | None
-    """A prompt and the package's answer."""
+    """A prompt and the export's answer."""
+    answers: dict[str, str]
+    """What the package answers to the same prompt with each adapter."""
     next: tuple[str, ...]
     """Commands that do the same with the user's own model and data."""
     seconds: float
@@ -99,6 +105,9 @@ class QuickstartResult:
             "exact_match_base": (f"{_FIRST}_before", "metrics.exact_match"),
             "exact_match_finetuned": (f"{_FIRST}_after", "metrics.exact_match"),
             **{f"exact_match_{name}": (f"{name}_after", "metrics.exact_match") for name in _OTHERS},
+            **{f"exact_match_{recipe.name}_packed": (f"{recipe.name}_packed", "metrics.exact_match") for recipe in RECIPES},
+            "package_verified": (f"{_PACKAGE}_proof", "passed"),
+            "package_size_bytes": (_PACKAGE, "size_bytes"),
             "exact_match_package": ("evaluate", "metrics.exact_match"),
             "verified": ("verify", "passed"),
             "size_bytes": ("export", "size_bytes"),
@@ -118,12 +127,13 @@ class QuickstartResult:
             "figures": self.figures(),
             "bench": bench.result if bench else None,
             "sample": self.sample,
+            "answers": self.answers,
             "next": list(self.next),
         }
 
 
 def quickstart(*, out: str | Path = "slmops-quickstart", config: Any = None, **overrides: Any) -> QuickstartResult:
-    """Run the whole road on a demo, offline: data and a base model made here, three fine-tunes, one exported, proven, measured.
+    """Run the whole road on a demo, offline: data and a base model made here, three fine-tunes, packed, proven, measured.
 
     The fine-tunes are the recipes of the folder `adapters/`.
 
@@ -145,9 +155,10 @@ def quickstart(*, out: str | Path = "slmops-quickstart", config: Any = None, **o
     with demo.few_threads():
         file = _write(out, settings.precision, settings.seed)
         result = run(file)
-        sample = _ask(out / "runs" / "export") if result.passed else None
+        sample = {"prompt": _PROMPT, "text": _ask(out / "runs" / "export")} if result.passed else None
+        answers = {recipe.name: _ask(out / "runs" / _PACKAGE, recipe.name) for recipe in RECIPES} if result.passed else {}
     following = tuple(line.replace("@PRECISION@", settings.precision) for line in _NEXT)
-    return QuickstartResult(result, sample, following, time.perf_counter() - started)
+    return QuickstartResult(result, sample, answers, following, time.perf_counter() - started)
 
 
 def _claim(out: Path, *, force: bool) -> None:
@@ -180,10 +191,16 @@ def _write(out: Path, precision: str, seed: int) -> Path:
 
 
 def _pipeline(precision: str, seed: int) -> str:
-    """Return the base's step, those of every recipe, and the road of the first adapter."""
+    """Return the base's step, those of every recipe, their package, and the road of the first adapter merged and alone."""
     first = RECIPES[0]
     values = {"FIRST": first.name, "PRECISION": precision, "ROWS": f"{BASE}/data/test.jsonl", "GATE": f"{first.gate:g}"}
-    return _HEAD + base_step(seed) + "".join(recipe.steps(seed) for recipe in RECIPES) + _filled(_ROAD, values)
+    return (
+        _HEAD
+        + base_step(seed)
+        + "".join(recipe.steps(seed) for recipe in RECIPES)
+        + package_steps(RECIPES, _PACKAGE, precision)
+        + _filled(_ROAD, values)
+    )
 
 
 def _guide(precision: str) -> str:
@@ -203,6 +220,7 @@ def _filled(text: str, values: dict[str, str]) -> str:
     return text
 
 
-def _ask(package: Path) -> dict[str, str]:
+def _ask(package: Path, adapter: str | None = None) -> str:
     """Ask the package something, through the template that travels with it."""
-    return {"prompt": _PROMPT, "text": "".join(slmops.generate(package, _PROMPT, max_new_tokens=8)).strip()}
+    named = {} if adapter is None else {"adapter": [adapter]}
+    return "".join(slmops.generate(package, _PROMPT, max_new_tokens=64, **named)).strip()

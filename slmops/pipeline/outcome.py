@@ -16,6 +16,7 @@ _FIGURES = {
     "finetune": {"train_loss": "metrics.train_loss", "validation_loss": "metrics.validation_loss", "rows": "rows"},
     "merge": {"size_bytes": "size_bytes"},
     "export": {"precision": "precision", "size_bytes": "size_bytes", "bytes_per_parameter": "bytes_per_parameter"},
+    "pack": {"precision": "precision", "size_bytes": "size_bytes"},
     "verify": {"passed": "passed", "failed_stage": "failed_stage"},
     "bench": {f"{name}_ratio": f"ratio.{name}" for name in ("decode", "prefill", "size")},
 }

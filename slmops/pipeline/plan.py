@@ -11,6 +11,8 @@ steps:
   export8: {verb: export, use: merge, precision: int8}
   verify: {use: export, data: test.jsonl}
   evaluate: {use: export, data: test.jsonl, gate: {exact_match: 0.95}}
+  pack: {adapter: {intent: finetune, theirs: ../adapters/theirs}}
+  proof: {verb: verify, use: pack, data: {intent: test.jsonl}}
 ```
 
 `STEP/FILE` is a file that an earlier step will have written (`data: household/data/train.jsonl`). Everything that can be
@@ -175,13 +177,13 @@ def _wire(reading: _Reading, where: str, verb: Verb, given: Mapping[str, Any]) -
     """Find what a step starts from, and every other input that it names."""
     inputs: dict[str, Reference | None] = {"source": _source(reading, where, verb, given.get("use"))}
     for name in verb.named:
-        inputs |= _adapters(reading, f"{where}.{name}", name, given.get(name))
+        inputs |= _by_name(reading, where, name, given.get(name), alone=name in verb.paths)
     if verb.rows:
         inputs["data"] = _rows(reading, where, verb, given.get("data"))
     for name in verb.paths:
         value = given.get(name)
-        if value is not None and not (name == "baseline" and value == "none"):
-            inputs[name] = _named(reading, f"{where}.{name}", value, ("dataset",) if name == "data" else ("model", "adapter", "export"))
+        if value is not None and not (name == "baseline" and value == "none") and not (name in verb.named and isinstance(value, dict)):
+            inputs[name] = _named(reading, f"{where}.{name}", value, _kinds(name))
     return {role: reference for role, reference in inputs.items() if reference is not None}
 
 
@@ -210,7 +212,9 @@ def _fallback(reading: _Reading, where: str, verb: Verb) -> Reference | None:
     """Return the pipeline's own model or data, where that is what a step can start from."""
     name = verb.falls_back
     value = getattr(reading, name) if name else None
-    if name is None or (verb.takes == ("export",) and value is not None and not (Path(value) / "genai_config.json").is_file()):
+    if name is None or (
+        set(verb.takes) <= {"export", "package"} and value is not None and not (Path(value) / "genai_config.json").is_file()
+    ):
         reading.problems.append(f"{where}: no earlier step makes the {' or '.join(verb.takes)} that it needs")
     elif value is None and not any(problem.startswith(f"{name}:") for problem in reading.problems):
         reading.problems.append(f"{where}: needs a {name}, and the file names none (`{name}: ...`)")
@@ -240,20 +244,28 @@ def _named(reading: _Reading, where: str, value: Any, kinds: tuple[str, ...]) ->
     return _outside(_located(reading, where, value))
 
 
-def _adapters(reading: _Reading, where: str, setting: str, given: Any) -> dict[str, Reference | None]:
-    """Find the adapters of a mapping NAME -> earlier step or folder; the role of each is `setting.NAME`."""
-    if given is None:
+def _kinds(setting: str) -> tuple[str, ...]:
+    """Return the kinds of artefact that a setting can name."""
+    return {"data": ("dataset",), "adapter": ("adapter",)}.get(setting, ("model", "adapter", "export", "package"))
+
+
+def _by_name(reading: _Reading, where: str, setting: str, given: Any, *, alone: bool) -> dict[str, Reference | None]:
+    """Find what a mapping NAME -> earlier step or place names; the role of each is `setting.NAME`.
+
+    `alone`: the setting may also be one place without a name, which is found elsewhere.
+    """
+    if given is None or (alone and not isinstance(given, dict)):
         return {}
     if not isinstance(given, dict) or not all(isinstance(name, str) and _NAME.match(name) for name in given):
-        reading.problems.append(f"{where}: must map names (letters, digits, - and _) to adapters, not {given!r}")
+        reading.problems.append(f"{where}.{setting}: must map names of adapters (letters, digits, - and _) to {setting}, not {given!r}")
         return {}
     found: dict[str, Reference | None] = {}
     for name, value in given.items():
         made = reading.makes.get(value, "") if isinstance(value, str) else ""
-        if made not in ("", "adapter", "anything"):
-            reading.problems.append(f"{where}.{name}: {value} makes {made or 'no folder'}, and adapter is needed")
+        if made not in ("", *_kinds(setting), "anything"):
+            reading.problems.append(f"{where}.{setting}.{name}: {value} makes {made or 'no folder'}, and {_kinds(setting)[0]} is needed")
         else:
-            found[f"{setting}.{name}"] = _named(reading, f"{where}.{name}", value, ("adapter",))
+            found[f"{setting}.{name}"] = _named(reading, f"{where}.{setting}.{name}", value, _kinds(setting))
     return found
 
 
@@ -268,8 +280,8 @@ def _settings(reading: _Reading, where: str, verb: Verb, given: Mapping[str, Any
     values = {key: value for key, value in given.items() if key in names and key not in DECIDED and not (verb.rows and key == "data")}
     values |= {role: reference.step or reference.place for role, reference in inputs.items() if role in verb.paths}
     for name in verb.named:
-        if name in values:
-            values[name] = {key: reference.step or reference.place for key, reference in named_inputs(name, inputs).items()}
+        if isinstance(values.get(name), dict):
+            values[name] = [f"{key}={reference.step or reference.place}" for key, reference in named_inputs(name, inputs).items()]
     try:
         return load(verb.settings, values)
     except InvalidInput as error:

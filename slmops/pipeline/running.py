@@ -103,7 +103,7 @@ def config_of(plan: Plan, step: Step) -> dict[str, Any]:
     config = flat(step.settings) | {role: plan.place(reference) for role, reference in step.inputs.items() if role in verb.paths}
     for setting in verb.named:
         if found := named_inputs(setting, step.inputs):
-            config[setting] = {name: plan.place(reference) for name, reference in found.items()}
+            config[setting] = [f"{name}={plan.place(reference)}" for name, reference in found.items()]
     return config
 
 

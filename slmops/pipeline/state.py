@@ -97,7 +97,7 @@ def key_of(plan: Plan, step: Step) -> str:
         BadArtifact: an input is incomplete or changed.
         InvalidInput: a file of an earlier step's that it did not write.
     """
-    told_by_content = (*DECIDED, *step.inputs, *VERBS[step.verb].named)
+    told_by_content = (*DECIDED, *step.inputs, *(role.partition(".")[0] for role in step.inputs))
     settings = {name: value for name, value in flat(step.settings).items() if name not in told_by_content}
     inputs = {role: _content(plan, reference) for role, reference in step.inputs.items()}
     # Timings of another machine are no timings of this one.
@@ -133,7 +133,13 @@ def content_of(place: str) -> str:
     manifest = found.manifest
     if manifest.kind not in ("model", "adapter", "export", "package"):
         return manifest.digest
-    return _hash([manifest.interface, {name: record.sha256 for name, record in manifest.files.items() if _decides(name)}])
+    return _hash(
+        [
+            manifest.interface,
+            manifest.facts.get("adapters"),
+            {name: record.sha256 for name, record in manifest.files.items() if _decides(name)},
+        ]
+    )
 
 
 def _decides(name: str) -> bool:
