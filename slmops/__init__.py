@@ -24,6 +24,7 @@ VERBS = {
     "finetune": "slmops.training",
     "generate": "slmops.runtime",
     "inspect_data": "slmops.data",
+    "make_demo": "slmops.demo",
     "merge": "slmops.adapters",
     "pack": "slmops.packing",
     "prepare_data": "slmops.data",

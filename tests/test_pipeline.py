@@ -20,6 +20,8 @@ from slmops.errors import BadArtifact, InvalidInput
 from slmops.pipeline import PipelineResult, run
 from slmops.pipeline.gates import missed, parse_bar
 from slmops.pipeline.plan import Plan, Reference, choose_steps, read_plan
+from slmops.pipeline.running import config_of
+from slmops.pipeline.state import key_of
 
 TEMPLATES = f"prompt_template: {json.dumps(PROMPT)}, completion_template: {json.dumps(COMPLETION)}"
 FINETUNE = f"{{{TEMPLATES}, max_steps: 30, batch_size: 8, validation_share: 0, lora_rank: 4, learning_rate: 5e-3}}"
@@ -147,6 +149,78 @@ def test_out_is_beside_the_file_by_default(place: Path):
     assert plan(place, "  export: {}\n").out == place / "road-runs"
 
 
+def test_a_file_that_an_earlier_step_will_have_written(place: Path):
+    found = plan(place, "  house: {verb: demo}\n  finetune: {use: house, data: house/data/train.jsonl, validation: house/data/v.jsonl}\n")
+    assert found.steps[0].inputs == {}
+    assert found.steps[1].inputs["source"] == Reference(step="house")
+    assert found.steps[1].inputs["data"] == Reference(step="house", file="data/train.jsonl")
+    assert found.place(found.steps[1].inputs["validation"]) == str(found.out / "house" / "data" / "v.jsonl")
+    assert [step.name for step in choose_steps(found, ["finetune"])] == ["house", "finetune"]
+    # It is told by its content, and one that is not there is named before the verb looks for it on the hub.
+    written = found.out / "house" / "data" / "train.jsonl"
+    written.parent.mkdir(parents=True)
+    write_rows(written)
+    with pytest.raises(InvalidInput, match="step house wrote no file data/v.jsonl"):
+        key_of(found, found.steps[1])
+    write_rows(written.with_name("v.jsonl"))
+    key = key_of(found, found.steps[1])
+    write_rows(written, ROWS[:3])
+    assert key_of(found, found.steps[1]) != key
+
+
+def test_adapters_by_name_are_steps_or_folders(place: Path):
+    (place / "theirs").mkdir()
+    steps = "  a: {verb: finetune}\n  b: {verb: finetune, seed: 1}\n  pack: {adapter: {intent: a, slots: b, other: theirs}}\n"
+    found = plan(place, steps)
+    step = found.steps[2]
+    assert step.needs == ("a", "b")
+    assert step.inputs["adapter.intent"] == Reference(step="a")
+    assert step.inputs["adapter.other"] == Reference(place=str(place / "theirs"))
+    runs = found.out
+    assert config_of(found, step)["adapter"] == [f"intent={runs / 'a'}", f"slots={runs / 'b'}", f"other={place / 'theirs'}"]
+    # A name is part of what a package is; where an adapter lies is not.
+    for folder, content in (("a", "1"), ("b", "2")):
+        (runs / folder).mkdir(parents=True)
+        (runs / folder / "adapter_model.safetensors").write_text(content)
+    key = key_of(found, step)
+    renamed = plan(place, steps.replace("intent: a", "intention: a"))
+    assert key_of(renamed, renamed.steps[2]) != key
+    (place / "copy").mkdir()
+    (place / "copy" / "adapter_model.safetensors").write_text("1")
+    moved = plan(place, steps.replace("intent: a", "intent: copy"))
+    assert key_of(moved, moved.steps[2]) == key
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        ("[a]", "steps.pack.adapter: must map names"),
+        ("{in/tent: a}", "steps.pack.adapter: must map names"),
+        ("{intent: merge}", "steps.pack.adapter.intent: merge makes model, and adapter is needed"),
+        ("{intent: evaluate}", "steps.pack.adapter.intent: evaluate makes no folder, and adapter is needed"),
+        ("{intent: aa}", "steps.pack.adapter.intent: no such file or folder"),
+    ],
+)
+def test_what_is_no_adapter_by_name(place: Path, adapters: str, message: str):
+    with pytest.raises(InvalidInput) as caught:
+        plan(place, f"  a: {{verb: finetune}}\n  merge: {{}}\n  evaluate: {{data: test.jsonl}}\n  pack: {{adapter: {adapters}}}\n")
+    assert message in caught.value.message
+
+
+def test_rows_of_a_package_are_given_by_adapter(place: Path):
+    found = plan(
+        place,
+        "  house: {verb: demo}\n  a: {verb: finetune, use: house}\n  pack: {use: house, adapter: {intent: a}}\n"
+        "  verify: {data: {intent: house/data/test.jsonl, base: test.jsonl}}\n  bench: {adapter: intent, data: test.jsonl}\n"
+        "  evaluate: {adapter: [intent], data: test.jsonl}\n  alone: {verb: verify, data: test.jsonl}\n",
+    )
+    assert [source(found, name) for name in ("pack", "verify", "bench", "evaluate", "alone")] == ["house", "pack", "pack", "pack", "pack"]
+    rows = [f"intent={found.out / 'house' / 'data' / 'test.jsonl'}", f"base={place / 'test.jsonl'}"]
+    assert config_of(found, found.steps[3])["data"] == rows
+    assert config_of(found, found.steps[4])["adapter"] == config_of(found, found.steps[5])["adapter"] == ["intent"]
+    assert config_of(found, found.steps[6])["data"] == str(place / "test.jsonl")
+
+
 # What is wrong with it
 
 
@@ -190,12 +264,14 @@ steps:
     ("steps", "message"),
     [
         ("  merge: {}\n", "steps.merge: no earlier step makes the adapter that it needs"),
-        ("  verify: {}\n", "steps.verify: no earlier step makes the export that it needs"),
-        ("  finetune: {}\n  bench: {use: finetune}\n", "steps.bench.use: finetune makes adapter, and export is needed"),
+        ("  verify: {}\n", "steps.verify: no earlier step makes the export or package that it needs"),
+        ("  finetune: {}\n  bench: {use: finetune}\n", "steps.bench.use: finetune makes adapter, and export or package is needed"),
         ("  export: {}\n  verify: {}\n  evaluate: {use: verify, data: test.jsonl}\n", "verify makes no folder"),
         ("  export: {use: [1]}\n", "steps.export.use: no earlier step"),
         ("  data: {verb: export}\n", "steps.data: no name for a step"),
         ("  a/b: {verb: export}\n", "steps.a/b: no name for a step"),
+        ("  demo: {use: model}\n", "steps.demo.use: it starts from nothing"),
+        ("  demo: {}\n  finetune: {data: demo/../../train.jsonl}\n", "demo/../../train.jsonl leaves the folder of step demo"),
         ("  export: {out: here}\n", "steps.export.out: the pipeline decides it"),
         ("  export: {gate: 3}\n", "steps.export.gate: must be a mapping"),
         ("  {}\n", "steps: must be a mapping with at least one step"),

@@ -4,6 +4,7 @@ from slmops.config.base import Settings, decode_escapes, fields, flat, load, rea
 from slmops.config.finetuning import DataSettings, FinetuneSettings, MethodSettings, OptimizerSettings, RunSettings
 from slmops.config.verbs import (
     BenchSettings,
+    DemoSettings,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
@@ -20,6 +21,7 @@ from slmops.config.verbs import (
 __all__ = [
     "BenchSettings",
     "DataSettings",
+    "DemoSettings",
     "EvaluateSettings",
     "ExportSettings",
     "FinetuneSettings",

@@ -195,6 +195,13 @@ class RunPipelineSettings(Settings):
     fresh: bool = setting(False, "run every step again, whatever has changed")
 
 
+class DemoSettings(Settings):
+    """A pipeline's step `demo`."""
+
+    seed: int = setting(0, "seed of the rows, the plain text and the base model", ge=0)
+    force: bool = setting(False, "replace an output folder that slmops wrote")
+
+
 class QuickstartSettings(Settings):
     """`slmops quickstart`."""
 

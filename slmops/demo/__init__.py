@@ -1,10 +1,12 @@
-"""What does `slmops quickstart` train on? A base model and a data set that it makes itself: nothing is downloaded.
+"""What do the quickstart and the recipes in `adapters/` train on? A base model and rows that slmops makes: nothing is downloaded.
 
-`write_data` writes commands to a small home device with their intents, and plain text of the same household;
-`write_base` trains a tokenizer and a tiny Llama on that plain text from scratch.
+`make_demo` writes both: commands to a small home device with three kinds of answers (`tasks`), from a grammar (`household`),
+and a tokenizer and a tiny Llama trained from scratch (`pretraining`) on plain text of the same household (`stories`).
+`recipes` has the adapters that are trained on them.
 """
 
-from slmops.demo.household import INTENTS, Data, write_data
-from slmops.demo.pretraining import settings_of, write_base
+from slmops.demo.household import INTENTS
+from slmops.demo.making import Data, make_demo, write_data
+from slmops.demo.pretraining import few_threads
 
-__all__ = ["INTENTS", "Data", "settings_of", "write_base", "write_data"]
+__all__ = ["INTENTS", "Data", "few_threads", "make_demo", "write_data"]

@@ -4,51 +4,41 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import slmops
-from slmops import artifact, demo, environment, progress
+from slmops import demo
 from slmops.config import QuickstartSettings, load
+from slmops.demo.recipes import BASE, RECIPES, base_step, package_steps
 from slmops.errors import BadArtifact, RunFailed
 from slmops.pipeline.outcome import PipelineResult, value_of
 from slmops.pipeline.running import run
 
 _MARK = "# Written by `slmops quickstart`"
 # The pipeline file, which marks the folder, goes last: a removal that was interrupted can be repeated.
-_WRITTEN = ("runs", "base", "data", "NEXT.md", "pipeline.yaml")
-# Threads cost more than they bring on matrices of 128: on a busy machine twenty times as much processor time.
-_THREADS = 1
-_PIPELINE = f"""{_MARK}, which writes it anew each time: to change it, copy it.
+_WRITTEN = ("runs", "NEXT.md", "pipeline.yaml")
+_HEAD = f"""{_MARK}, which writes it anew each time: to change it, copy it.
 # Run it with `slmops run pipeline.yaml`; steps that have not changed are skipped.
 
-model: base                 # a folder, relative to this file, or a hub id
-data: data/train.jsonl
 out: runs                   # one folder or one .json a step
 
 steps:
-  finetune:                 # model + data -> adapter
-    prompt_template: "{{text}}\\nIntent:"
-    completion_template: " {{intent}}"
-    learning_rate: 2e-3
-    epochs: 2
-    seed: @SEED@
-  evaluate_base:            # what the base does on the task without the adapter
-    {{verb: evaluate, use: finetune, base: true, data: data/test.jsonl, threads: {_THREADS}}}
-  merge: {{}}                 # adapter -> model
-  evaluate_finetuned:       # the fine-tune in PyTorch
-    {{verb: evaluate, data: data/test.jsonl, threads: {_THREADS}, gate: {{exact_match: 0.95}}}}
-  export:                   # model -> package
-    {{precision: @PRECISION@}}
-  verify:                   # the package against PyTorch, stage by stage
-    {{data: data/test.jsonl, metric: exact_match, threads: {_THREADS}}}
-  evaluate:                 # the package on the task
-    {{data: data/test.jsonl, threads: {_THREADS}, gate: {{exact_match: 0.95}}}}
+"""
+_PACKAGE = "package"
+# What else can become of an adapter.
+_ROAD = """\
+  merge:                    # or one adapter alone: adapter -> model
+    {use: @FIRST@}
+  export:                   # model -> export
+    {precision: @PRECISION@}
+  verify:                   # the export against PyTorch, stage by stage
+    {data: @ROWS@, metric: exact_match}
+  evaluate:                 # the export on the task
+    {data: @ROWS@, gate: {exact_match: @GATE@}}
   bench:                    # speed, memory, size and accuracy against PyTorch
-    {{data: data/test.jsonl, metric: exact_match, rounds: 5, threads: {_THREADS}}}
+    {data: @ROWS@, metric: exact_match, rounds: 5}
 """
 _NEXT = (
     r"slmops finetune HuggingFaceTB/SmolLM2-135M-Instruct train.jsonl -o runs/adapter",
@@ -56,6 +46,7 @@ _NEXT = (
     r"slmops export runs/merged -o runs/@PRECISION@ --precision @PRECISION@",
     r"slmops verify runs/@PRECISION@ --data test.jsonl --metric exact_match",
     r"slmops bench runs/@PRECISION@ --data test.jsonl --metric exact_match",
+    r"slmops pack HuggingFaceTB/SmolLM2-135M-Instruct --adapter mine=runs/adapter -o runs/package --precision @PRECISION@",
 )
 _GUIDE = """# What is here
 
@@ -63,14 +54,16 @@ Made by `slmops quickstart`, offline, on this machine.
 
 | | |
 | --- | --- |
-| `data/stories.txt` | plain text of a small household, from a grammar that slmops brings |
-| `data/train.jsonl`, `data/test.jsonl` | commands to a device and what is meant: `text`, `intent`; no row is in both |
-| `base/` | a Llama of one million weights, trained from scratch on `stories.txt` in half a minute |
 | `pipeline.yaml` | the whole road in one file |
-| `runs/finetune`, `runs/merge`, `runs/export` | adapter, merged model, package; `slmops show runs/export` says where it came from |
+| `runs/@BASE@/` | a Llama of one million weights, trained from scratch in half a minute on plain text of a small household |
+| `runs/@BASE@/data/` | that text, and commands to a device as rows `text`, `intent`, `slots`, `reply`: no text is in two of the three files |
+| @ADAPTERS@ | adapters for that base, of different ranks and layers: @PURPOSES@ |
+| `runs/package` | the three on one quantized base, switched per request; `slmops show runs/package` says where it came from |
+| `runs/merge`, `runs/export` | the first of them alone, merged into the base |
 | `runs/*.json` | what the measures found; `*.predictions.jsonl` has each row's answer |
 
-Try it: `slmops generate runs/export 'please @PROMPT@'`
+Try it: `slmops generate runs/package 'please @PROMPT@' --adapter slots`, with `--adapter intent` or `replies`, or without; on a device without
+PyTorch: `slmops verify runs/package --self-test`.
 
 # The same with your own model and data
 
@@ -82,9 +75,10 @@ would train on, token by token.
 @COMMANDS@
 ```
 
-Or copy `pipeline.yaml`, set `model`, `data` and the templates, and `slmops run` it.
+Or copy `pipeline.yaml`, name your `model` and `data` at its top in place of the step `@BASE@`, set the templates, and `slmops run` it.
 """
 _PROMPT = "turn off the lights in the attic"
+_FIRST, *_OTHERS = (recipe.name for recipe in RECIPES)
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,9 @@ class QuickstartResult:
 
     result: PipelineResult
     sample: dict[str, str] | None
-    """A prompt and the package's answer."""
+    """A prompt and the export's answer."""
+    answers: dict[str, str]
+    """What the package answers to the same prompt with each adapter."""
     next: tuple[str, ...]
     """Commands that do the same with the user's own model and data."""
     seconds: float
@@ -106,8 +102,12 @@ class QuickstartResult:
     def figures(self) -> dict[str, Any]:
         """Return the few figures that matter; what was not reached is left out."""
         places = {
-            "exact_match_base": ("evaluate_base", "metrics.exact_match"),
-            "exact_match_finetuned": ("evaluate_finetuned", "metrics.exact_match"),
+            "exact_match_base": (f"{_FIRST}_before", "metrics.exact_match"),
+            "exact_match_finetuned": (f"{_FIRST}_after", "metrics.exact_match"),
+            **{f"exact_match_{name}": (f"{name}_after", "metrics.exact_match") for name in _OTHERS},
+            **{f"exact_match_{recipe.name}_packed": (f"{recipe.name}_packed", "metrics.exact_match") for recipe in RECIPES},
+            "package_verified": (f"{_PACKAGE}_proof", "passed"),
+            "package_size_bytes": (_PACKAGE, "size_bytes"),
             "exact_match_package": ("evaluate", "metrics.exact_match"),
             "verified": ("verify", "passed"),
             "size_bytes": ("export", "size_bytes"),
@@ -127,12 +127,15 @@ class QuickstartResult:
             "figures": self.figures(),
             "bench": bench.result if bench else None,
             "sample": self.sample,
+            "answers": self.answers,
             "next": list(self.next),
         }
 
 
 def quickstart(*, out: str | Path = "slmops-quickstart", config: Any = None, **overrides: Any) -> QuickstartResult:
-    """Run the whole road on a demo, offline: data and a base model made here, fine-tuned, exported, proven, measured.
+    """Run the whole road on a demo, offline: data and a base model made here, three fine-tunes, packed, proven, measured.
+
+    The fine-tunes are the recipes of the folder `adapters/`.
 
     Run again in the same folder, it skips what has not changed.
 
@@ -149,12 +152,13 @@ def quickstart(*, out: str | Path = "slmops-quickstart", config: Any = None, **o
     started = time.perf_counter()
     out = Path(out)
     _claim(out, force=settings.force)
-    with _few_threads():
+    with demo.few_threads():
         file = _write(out, settings.precision, settings.seed)
         result = run(file)
-        sample = _ask(out / "runs" / "export") if result.passed else None
+        sample = {"prompt": _PROMPT, "text": _ask(out / "runs" / "export")} if result.passed else None
+        answers = {recipe.name: _ask(out / "runs" / _PACKAGE, recipe.name) for recipe in RECIPES} if result.passed else {}
     following = tuple(line.replace("@PRECISION@", settings.precision) for line in _NEXT)
-    return QuickstartResult(result, sample, following, time.perf_counter() - started)
+    return QuickstartResult(result, sample, answers, following, time.perf_counter() - started)
 
 
 def _claim(out: Path, *, force: bool) -> None:
@@ -175,46 +179,48 @@ def _claim(out: Path, *, force: bool) -> None:
 
 
 def _write(out: Path, precision: str, seed: int) -> Path:
-    """Write the pipeline file first, which marks the folder as the quickstart's, then data, base model and guide."""
+    """Write the pipeline file first, which marks the folder as the quickstart's, then the guide."""
     file = out / "pipeline.yaml"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text(_PIPELINE.replace("@PRECISION@", precision).replace("@SEED@", str(seed)), encoding="utf-8")
-        data = demo.write_data(out / "data", seed=seed)
-        commands = "\n".join(_NEXT).replace("@PRECISION@", precision)
-        (out / "NEXT.md").write_text(_GUIDE.replace("@COMMANDS@", commands).replace("@PROMPT@", _PROMPT), encoding="utf-8")
+        file.write_text(_pipeline(precision, seed), encoding="utf-8")
+        (out / "NEXT.md").write_text(_guide(precision), encoding="utf-8")
     except OSError as error:
         raise RunFailed(f"could not write {out}: {error.strerror or error}", "check the path, its permissions and the disk") from error
-    base = out / "base"
-    if not _is_current(base, data.stories, seed):
-        progress.say("a tiny base model is trained from scratch on plain text, so that nothing is downloaded")
-        demo.write_base(data.stories, out=base, seed=seed, force=True)
     return file
 
 
-def _is_current(base: Path, stories: Path, seed: int) -> bool:
-    """Whether the base is whole and came from this text and this seed."""
-    try:
-        found = artifact.load(base)
-        artifact.check(found)
-    except BadArtifact:
-        return False
-    text = found.manifest.input("dataset")
-    return found.manifest.config == demo.settings_of(seed) and text is not None and text.sha256 == artifact.sha256_file(stories)
+def _pipeline(precision: str, seed: int) -> str:
+    """Return the base's step, those of every recipe, their package, and the road of the first adapter merged and alone."""
+    first = RECIPES[0]
+    values = {"FIRST": first.name, "PRECISION": precision, "ROWS": f"{BASE}/data/test.jsonl", "GATE": f"{first.gate:g}"}
+    return (
+        _HEAD
+        + base_step(seed)
+        + "".join(recipe.steps(seed) for recipe in RECIPES)
+        + package_steps(RECIPES, _PACKAGE, precision)
+        + _filled(_ROAD, values)
+    )
 
 
-def _ask(package: Path) -> dict[str, str]:
+def _guide(precision: str) -> str:
+    values = {
+        "BASE": BASE,
+        "ADAPTERS": ", ".join(f"`runs/{recipe.name}`" for recipe in RECIPES),
+        "PURPOSES": "; ".join(recipe.purpose for recipe in RECIPES),
+        "COMMANDS": "\n".join(_NEXT),
+        "PROMPT": _PROMPT,
+    }
+    return _filled(_filled(_GUIDE, values), {"PRECISION": precision})
+
+
+def _filled(text: str, values: dict[str, str]) -> str:
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", value)
+    return text
+
+
+def _ask(package: Path, adapter: str | None = None) -> str:
     """Ask the package something, through the template that travels with it."""
-    return {"prompt": _PROMPT, "text": "".join(slmops.generate(package, _PROMPT, max_new_tokens=8, threads=_THREADS)).strip()}
-
-
-@contextmanager
-def _few_threads() -> Iterator[None]:
-    """Let torch use as many threads as the demo's small matrices are worth."""
-    torch = environment.require("torch", "to train the demo's models")
-    before = torch.get_num_threads()
-    torch.set_num_threads(_THREADS)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    named = {} if adapter is None else {"adapter": [adapter]}
+    return "".join(slmops.generate(package, _PROMPT, max_new_tokens=64, **named)).strip()

@@ -11,10 +11,12 @@ Status = Literal["done", "skipped", "failed"]
 
 # verb -> label and place in the document of the figures that a summary shows
 _FIGURES = {
+    "demo": {"rows": "rows", "parameters": "parameters", "train_loss": "metrics.train_loss"},
     "prepare": {"rows": "rows"},
     "finetune": {"train_loss": "metrics.train_loss", "validation_loss": "metrics.validation_loss", "rows": "rows"},
     "merge": {"size_bytes": "size_bytes"},
     "export": {"precision": "precision", "size_bytes": "size_bytes", "bytes_per_parameter": "bytes_per_parameter"},
+    "pack": {"precision": "precision", "size_bytes": "size_bytes"},
     "verify": {"passed": "passed", "failed_stage": "failed_stage"},
     "bench": {f"{name}_ratio": f"ratio.{name}" for name in ("decode", "prefill", "size")},
 }

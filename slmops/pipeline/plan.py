@@ -11,9 +11,12 @@ steps:
   export8: {verb: export, use: merge, precision: int8}
   verify: {use: export, data: test.jsonl}
   evaluate: {use: export, data: test.jsonl, gate: {exact_match: 0.95}}
+  pack: {adapter: {intent: finetune, theirs: ../adapters/theirs}}
+  proof: {verb: verify, use: pack, data: {intent: test.jsonl}}
 ```
 
-Everything that can be wrong is found before anything runs, and reported at once.
+`STEP/FILE` is a file that an earlier step will have written (`data: household/data/train.jsonl`). Everything that can be
+wrong is found before anything runs, and reported at once.
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ class Reference:
     step: str | None = None
     place: str | None = None
     """A path, or a hub id."""
+    file: str = ""
+    """Of a step: one file of its folder."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Plan:
 
     def place(self, reference: Reference) -> str:
         """Return the path, or hub id, that a reference stands for."""
-        return str(self.out / reference.step) if reference.step is not None else str(reference.place)
+        return str(self.out / reference.step / reference.file) if reference.step is not None else str(reference.place)
 
 
 @dataclass
@@ -132,6 +137,11 @@ def choose_steps(plan: Plan, only: Sequence[str] | None) -> tuple[Step, ...]:
     return tuple(step for step in plan.steps if step.name in wanted)
 
 
+def named_inputs(setting: str, inputs: Mapping[str, Reference]) -> dict[str, Reference]:
+    """Return the inputs that belong to a setting of `Verb.named`, by the user's names for them."""
+    return {role.removeprefix(f"{setting}."): reference for role, reference in inputs.items() if role.startswith(f"{setting}.")}
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """Return ` (did you mean X?)`, or nothing where no known name is near."""
     from difflib import get_close_matches
@@ -166,17 +176,23 @@ def _step(reading: _Reading, name: str, given: Any) -> Step | None:
 def _wire(reading: _Reading, where: str, verb: Verb, given: Mapping[str, Any]) -> dict[str, Reference]:
     """Find what a step starts from, and every other input that it names."""
     inputs: dict[str, Reference | None] = {"source": _source(reading, where, verb, given.get("use"))}
+    for name in verb.named:
+        inputs |= _by_name(reading, where, name, given.get(name), alone=name in verb.paths)
     if verb.rows:
         inputs["data"] = _rows(reading, where, verb, given.get("data"))
     for name in verb.paths:
         value = given.get(name)
-        if value is not None and not (name == "baseline" and value == "none"):
-            inputs[name] = _named(reading, f"{where}.{name}", value, ("dataset",) if name == "data" else ("model", "adapter", "export"))
+        if value is not None and not (name == "baseline" and value == "none") and not (name in verb.named and isinstance(value, dict)):
+            inputs[name] = _named(reading, f"{where}.{name}", value, _kinds(name))
     return {role: reference for role, reference in inputs.items() if reference is not None}
 
 
 def _source(reading: _Reading, where: str, verb: Verb, use: Any) -> Reference | None:
     """Find the step, or the pipeline's model or data, that a step starts from."""
+    if not verb.takes:
+        if use is not None:
+            reading.problems.append(f"{where}.use: it starts from nothing; leave it out")
+        return None
     if use is not None and use == verb.falls_back:
         return _fallback(reading, where, verb)
     if use is not None:
@@ -196,7 +212,9 @@ def _fallback(reading: _Reading, where: str, verb: Verb) -> Reference | None:
     """Return the pipeline's own model or data, where that is what a step can start from."""
     name = verb.falls_back
     value = getattr(reading, name) if name else None
-    if name is None or (verb.takes == ("export",) and value is not None and not (Path(value) / "genai_config.json").is_file()):
+    if name is None or (
+        set(verb.takes) <= {"export", "package"} and value is not None and not (Path(value) / "genai_config.json").is_file()
+    ):
         reading.problems.append(f"{where}: no earlier step makes the {' or '.join(verb.takes)} that it needs")
     elif value is None and not any(problem.startswith(f"{name}:") for problem in reading.problems):
         reading.problems.append(f"{where}: needs a {name}, and the file names none (`{name}: ...`)")
@@ -215,10 +233,40 @@ def _rows(reading: _Reading, where: str, verb: Verb, given: Any) -> Reference | 
 
 
 def _named(reading: _Reading, where: str, value: Any, kinds: tuple[str, ...]) -> Reference | None:
-    """Return the earlier step of that name, if it makes one of the kinds, or else the path."""
-    if isinstance(value, str) and reading.makes.get(value) in kinds:
+    """Return the earlier step of that name, if it makes one of the kinds, or a file of an earlier step's, or else the path."""
+    if isinstance(value, str) and reading.makes.get(value) in (*kinds, "anything"):
         return Reference(step=value)
+    step, _, file = value.partition("/") if isinstance(value, str) else ("", "", "")
+    if file and reading.makes.get(step) is not None:
+        if ".." in file.split("/"):
+            reading.problems.append(f"{where}: {value} leaves the folder of step {step}")
+        return Reference(step=step, file=file)
     return _outside(_located(reading, where, value))
+
+
+def _kinds(setting: str) -> tuple[str, ...]:
+    """Return the kinds of artefact that a setting can name."""
+    return {"data": ("dataset",), "adapter": ("adapter",)}.get(setting, ("model", "adapter", "export", "package"))
+
+
+def _by_name(reading: _Reading, where: str, setting: str, given: Any, *, alone: bool) -> dict[str, Reference | None]:
+    """Find what a mapping NAME -> earlier step or place names; the role of each is `setting.NAME`.
+
+    `alone`: the setting may also be one place without a name, which is found elsewhere.
+    """
+    if given is None or (alone and not isinstance(given, dict)):
+        return {}
+    if not isinstance(given, dict) or not all(isinstance(name, str) and _NAME.match(name) for name in given):
+        reading.problems.append(f"{where}.{setting}: must map names of adapters (letters, digits, - and _) to {setting}, not {given!r}")
+        return {}
+    found: dict[str, Reference | None] = {}
+    for name, value in given.items():
+        made = reading.makes.get(value, "") if isinstance(value, str) else ""
+        if made not in ("", *_kinds(setting), "anything"):
+            reading.problems.append(f"{where}.{setting}.{name}: {value} makes {made or 'no folder'}, and {_kinds(setting)[0]} is needed")
+        else:
+            found[f"{setting}.{name}"] = _named(reading, f"{where}.{setting}.{name}", value, _kinds(setting))
+    return found
 
 
 def _settings(reading: _Reading, where: str, verb: Verb, given: Mapping[str, Any], inputs: Mapping[str, Reference]) -> Settings | None:
@@ -231,6 +279,9 @@ def _settings(reading: _Reading, where: str, verb: Verb, given: Mapping[str, Any
             reading.problems.append(f"{where}.{key}: unknown setting{nearest(str(key), [*names, *own])}")
     values = {key: value for key, value in given.items() if key in names and key not in DECIDED and not (verb.rows and key == "data")}
     values |= {role: reference.step or reference.place for role, reference in inputs.items() if role in verb.paths}
+    for name in verb.named:
+        if isinstance(values.get(name), dict):
+            values[name] = [f"{key}={reference.step or reference.place}" for key, reference in named_inputs(name, inputs).items()]
     try:
         return load(verb.settings, values)
     except InvalidInput as error:

@@ -13,7 +13,7 @@ from slmops.config import RunPipelineSettings, flat, load
 from slmops.errors import BadArtifact, GateFailed, RunFailed, SlmopsError
 from slmops.pipeline import gates
 from slmops.pipeline.outcome import PipelineResult, StepResult
-from slmops.pipeline.plan import Plan, Step, choose_steps, read_plan
+from slmops.pipeline.plan import Plan, Step, choose_steps, named_inputs, read_plan
 from slmops.pipeline.state import State, key_of, read_state, refuse_foreign
 from slmops.pipeline.verbs import VERBS
 
@@ -77,14 +77,13 @@ def _take(plan: Plan, step: Step, state: State, *, fresh: bool) -> StepResult:
 def _perform(plan: Plan, step: Step, state: State, key: str, *, resume: bool) -> dict[str, Any]:
     """Call the step's verb, and record what it gave."""
     goes_on = " (goes on from its last checkpoint)" if resume else ""
-    progress.say(f"step {step.name}: {step.verb} {plan.place(step.inputs['source'])}{goes_on}")
     verb = VERBS[step.verb]
-    arguments = [plan.place(step.inputs[role]) for role in ("source", *(("data",) if verb.rows else ()))]
-    config = flat(step.settings) | {role: plan.place(reference) for role, reference in step.inputs.items() if role in verb.paths}
+    arguments = [plan.place(step.inputs[role]) for role in ("source", *(("data",) if verb.rows else ())) if role in step.inputs]
+    progress.say(f"step {step.name}: {' '.join([step.verb, *arguments[:1]])}{goes_on}")
     started = time.perf_counter()
     state.begin(step, key)
     try:
-        result = getattr(slmops, verb.function)(*arguments, config=config | _decided(plan, step, resume), **_out(plan, step))
+        result = getattr(slmops, verb.function)(*arguments, config=config_of(plan, step) | _decided(plan, step, resume), **_out(plan, step))
         document = dict(result.document())
     except GateFailed as error:
         document = {"command": step.verb, "ok": False, "passed": False, "error": error.document(), "warnings": []}
@@ -96,6 +95,16 @@ def _perform(plan: Plan, step: Step, state: State, key: str, *, resume: bool) ->
     digest = None if verb.makes is None else artifact.load(plan.out / step.name).manifest.digest
     state.end(step, key, seconds=time.perf_counter() - started, digest=digest)
     return document
+
+
+def config_of(plan: Plan, step: Step) -> dict[str, Any]:
+    """Return the settings that a step's verb is called with, its inputs in their places."""
+    verb = VERBS[step.verb]
+    config = flat(step.settings) | {role: plan.place(reference) for role, reference in step.inputs.items() if role in verb.paths}
+    for setting in verb.named:
+        if found := named_inputs(setting, step.inputs):
+            config[setting] = [f"{name}={plan.place(reference)}" for name, reference in found.items()]
+    return config
 
 
 def _decided(plan: Plan, step: Step, resume: bool) -> dict[str, Any]:

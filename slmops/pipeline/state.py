@@ -17,8 +17,8 @@ from typing import Any
 from slmops import __version__, artifact, environment
 from slmops.config import flat
 from slmops.data.tokenizer_files import TOKENIZER_FILES
-from slmops.errors import BadArtifact
-from slmops.pipeline.plan import Plan, Step
+from slmops.errors import BadArtifact, InvalidInput
+from slmops.pipeline.plan import Plan, Reference, Step
 from slmops.pipeline.verbs import DECIDED, VERBS
 
 FILE = "pipeline.json"
@@ -95,12 +95,23 @@ def key_of(plan: Plan, step: Step) -> str:
 
     Raises:
         BadArtifact: an input is incomplete or changed.
+        InvalidInput: a file of an earlier step's that it did not write.
     """
-    settings = {name: value for name, value in flat(step.settings).items() if name not in (*DECIDED, *step.inputs)}
-    inputs = {role: content_of(plan.place(reference)) for role, reference in step.inputs.items()}
+    told_by_content = (*DECIDED, *step.inputs, *(role.partition(".")[0] for role in step.inputs))
+    settings = {name: value for name, value in flat(step.settings).items() if name not in told_by_content}
+    inputs = {role: _content(plan, reference) for role, reference in step.inputs.items()}
     # Timings of another machine are no timings of this one.
     machine = [environment.machine().processor, environment.usable_cores()] if step.verb == "bench" else None
     return _hash({"version": __version__, "verb": step.verb, "settings": settings, "inputs": inputs, "machine": machine})
+
+
+def _content(plan: Plan, reference: Reference) -> str:
+    place = plan.place(reference)
+    if reference.file and not Path(place).is_file():
+        raise InvalidInput(
+            f"step {reference.step} wrote no file {reference.file}", f"see {plan.out / str(reference.step)} for what it wrote"
+        )
+    return content_of(place)
 
 
 def content_of(place: str) -> str:
@@ -122,7 +133,13 @@ def content_of(place: str) -> str:
     manifest = found.manifest
     if manifest.kind not in ("model", "adapter", "export", "package"):
         return manifest.digest
-    return _hash([manifest.interface, {name: record.sha256 for name, record in manifest.files.items() if _decides(name)}])
+    return _hash(
+        [
+            manifest.interface,
+            manifest.facts.get("adapters"),
+            {name: record.sha256 for name, record in manifest.files.items() if _decides(name)},
+        ]
+    )
 
 
 def _decides(name: str) -> bool:

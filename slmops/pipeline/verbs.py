@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from slmops import config
 from slmops.config import Settings
 
-DECIDED = ("out", "force", "resume", "predictions", "plan", "into")
+DECIDED = ("out", "force", "resume", "predictions", "plan", "into", "remove")
 """Settings that the pipeline decides for every step: where it writes and what, and whether it replaces or goes on."""
 
 
@@ -30,9 +30,12 @@ class Verb:
     """It takes rows as its second argument (`data`)."""
     paths: tuple[str, ...] = ()
     """Settings that name a file, a folder or an earlier step."""
+    named: tuple[str, ...] = ()
+    """Settings that a mapping gives by the adapters' names, as `adapter: {intent: STEP}`; on the command line NAME=PATH."""
 
 
 VERBS = {
+    "demo": Verb(config.DemoSettings, "make_demo", (), "model"),
     "prepare": Verb(config.PrepareSettings, "prepare_data", ("dataset",), "dataset", "data", nearest=False),
     # Several fine-tunes of one base are the common case, not one on top of another's merged model.
     "finetune": Verb(
@@ -48,7 +51,10 @@ VERBS = {
     "merge": Verb(config.MergeSettings, "merge", ("adapter",), "model", paths=("base",)),
     # An adapter counts: exporting the base past it would lose the fine-tune without a word.
     "export": Verb(config.ExportSettings, "export", ("model", "adapter"), "export", "model"),
-    "verify": Verb(config.VerifySettings, "verify", ("export",), None, "model", paths=("baseline", "base", "data")),
-    "evaluate": Verb(config.EvaluateSettings, "evaluate", ("export", "model", "adapter"), None, "model", rows=True),
-    "bench": Verb(config.BenchSettings, "bench", ("export",), None, "model", paths=("baseline", "data")),
+    "pack": Verb(config.PackSettings, "pack", ("model", "export"), "package", "model", nearest=False, named=("adapter",)),
+    "verify": Verb(
+        config.VerifySettings, "verify", ("export", "package"), None, "model", paths=("baseline", "base", "data"), named=("data",)
+    ),
+    "evaluate": Verb(config.EvaluateSettings, "evaluate", ("export", "package", "model", "adapter"), None, "model", rows=True),
+    "bench": Verb(config.BenchSettings, "bench", ("export", "package"), None, "model", paths=("baseline", "data")),
 }

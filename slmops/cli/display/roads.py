@@ -31,7 +31,8 @@ def demo(page: Page, document: Mapping[str, Any]) -> None:
         page.text()
         measured.bench(page, document["bench"])
     sample = document.get("sample") or {}
-    page.facts([("prompt", sample.get("prompt")), ("answer", sample.get("text"))])
+    answers = [(f"with {name}", text) for name, text in (document.get("answers") or {}).items()]
+    page.facts([("prompt", sample.get("prompt")), ("answer", sample.get("text")), *answers])
     if commands := document.get("next"):
         page.next(*commands)
 
