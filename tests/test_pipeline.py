@@ -178,6 +178,8 @@ def test_adapters_by_name_are_steps_or_folders(place: Path):
     assert step.inputs["adapter.other"] == Reference(place=str(place / "theirs"))
     runs = found.out
     assert config_of(found, step)["adapter"] == [f"intent={runs / 'a'}", f"slots={runs / 'b'}", f"other={place / 'theirs'}"]
+    # `pack` of an export takes the export's precision: a default must not look like something that was asked for.
+    assert set(config_of(found, step)) == {"adapter"}
     # A name is part of what a package is; where an adapter lies is not.
     for folder, content in (("a", "1"), ("b", "2")):
         (runs / folder).mkdir(parents=True)

@@ -100,10 +100,15 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     return content
 
 
-def flat(settings: Settings) -> dict[str, Any]:
-    """Return the settings as a flat JSON-ready mapping: what a manifest keeps and a YAML file can give again."""
+def flat(settings: Settings, *, given: bool = False) -> dict[str, Any]:
+    """Return the settings as a flat JSON-ready mapping: what a manifest keeps and a YAML file can give again.
+
+    Args:
+        settings: of a verb.
+        given: only what somebody set; defaults are left out.
+    """
     result: dict[str, Any] = {}
-    for name, value in settings.model_dump(mode="json").items():
+    for name, value in settings.model_dump(mode="json", exclude_unset=given).items():
         nested = isinstance(getattr(settings, name), Settings)
         result.update(value if nested else {name: value})
     return result

@@ -13,6 +13,8 @@ from pathlib import Path
 
 BASE = "household"
 """Name of the step that makes the base model and the rows."""
+PRECISION = "int4"
+"""Of the package, where nobody says otherwise."""
 _HEAD = """\
 # Written by `python -m slmops.demo.recipes adapters`: change it there, or copy it.
 # Run it with `slmops run {file}`; steps that have not changed are skipped.
@@ -21,9 +23,11 @@ out: ../runs                # shared by the recipes of this base, which is made 
 
 steps:
 """
-_BASE_STEP = """\
+_BASE_STEPS = """\
   {base}:                # -> a tiny base model, trained from scratch on generated text, and the rows of three tasks
     {{verb: demo, seed: {seed}}}
+  {quantized}:{pad}# base -> export: quantized once; what a device will have
+    {{verb: export, use: {base}, precision: {precision}}}
 """
 _STEPS = """\
   {name}:{pad}# base + rows -> adapter: {purpose}
@@ -42,8 +46,8 @@ _STEPS = """\
     {{verb: evaluate, use: {name}, data: {base}/data/test.jsonl, gate: {{exact_match: {gate:g}}}}}
 """
 _PACKAGE_STEPS = """\
-  {package}:{pad}# base + adapters -> package: quantized once, each adapter a small file, switched per request
-    {{verb: pack, use: {base}, adapter: {{{adapters}}}, precision: {precision}}}
+  {package}:{pad}# export + adapters -> package: each adapter a small file, switched per request
+    {{verb: pack, use: {quantized}, adapter: {{{adapters}}}}}
   {package}_proof:{proof_pad}# base and adapters of the package against PyTorch, stage by stage, and its self-test
     {{verb: verify, use: {package}, data: {{{rows}}}, metric: exact_match}}
 """
@@ -71,15 +75,21 @@ class Recipe:
     epochs: int
     gate: float
     """Lowest exact match on the test rows, in PyTorch."""
+    on_quantized: bool = False
+    """It learns on the weights of the quantized base, so that it answers in the package as it did in training, token for token."""
 
     @property
     def folder(self) -> str:
         """Its folder in `adapters/`."""
         return f"{BASE}_{self.name}"
 
-    def steps(self, seed: int = 0) -> str:
+    def steps(self, seed: int = 0, precision: str = PRECISION) -> str:
         """Return its steps as YAML, to stand under `steps:` after the base's."""
-        targets = f"    target_modules: [{', '.join(self.targets)}]\n" if self.targets else ""
+        method = f"    lora_rank: {self.rank}\n"
+        if self.targets:
+            method += f"    target_modules: [{', '.join(self.targets)}]\n"
+        if self.on_quantized and precision != "fp32":
+            method += f"    quantized_base: {quantized_step(precision)}\n"
         return _STEPS.format(
             base=BASE,
             seed=seed,
@@ -87,7 +97,7 @@ class Recipe:
             purpose=self.purpose,
             prompt=self.prompt,
             column=self.column,
-            method=f"    lora_rank: {self.rank}\n{targets}",
+            method=method,
             learning_rate=self.learning_rate,
             epochs=self.epochs,
             gate=self.gate,
@@ -98,30 +108,36 @@ class Recipe:
     def pipeline(self) -> str:
         """Return its pipeline file."""
         head = _HEAD.format(file=f"adapters/{self.folder}/pipeline.yaml")
-        return head + base_step() + self.steps() + package_steps((self,), f"{self.name}_package")
+        return head + base_steps() + self.steps() + package_steps((self,), f"{self.name}_package")
 
 
 RECIPES = (
     Recipe("intent", "which of eight things is meant", "intent", "Intent", 16, (), 2e-3, 1, 0.95),
-    Recipe("slots", "the details, as a JSON object", "slots", "Slots", 8, (), 4e-3, 3, 0.9),
+    Recipe("slots", "the details, as a JSON object", "slots", "Slots", 8, (), 4e-3, 3, 0.9, on_quantized=True),
     Recipe("replies", "a butler's answer", "reply", "Reply", 4, ("q_proj", "v_proj"), 4e-3, 1, 0.9),
 )
 """Different ranks and layers on purpose: a package must carry them side by side."""
 
 
-def base_step(seed: int = 0) -> str:
-    """Return the step that every recipe starts from, as YAML."""
-    return _BASE_STEP.format(base=BASE, seed=seed)
+def quantized_step(precision: str) -> str:
+    """Return the name of the step that exports the base in some precision."""
+    return f"{BASE}_{precision}"
 
 
-def package_steps(recipes: Sequence[Recipe], package: str, precision: str = "int4") -> str:
+def base_steps(seed: int = 0, precision: str = PRECISION) -> str:
+    """Return the steps that every recipe starts from, the base and its export, as YAML."""
+    quantized = quantized_step(precision)
+    return _BASE_STEPS.format(base=BASE, seed=seed, quantized=quantized, precision=precision, pad=" " * (25 - len(quantized)))
+
+
+def package_steps(recipes: Sequence[Recipe], package: str, precision: str = PRECISION) -> str:
     """Return the steps that pack the adapters of some recipes, prove the package, and hold each to its gate again, as YAML."""
     steps = _PACKAGE_STEPS.format(
         base=BASE,
         package=package,
         adapters=", ".join(f"{recipe.name}: {recipe.name}" for recipe in recipes),
         rows=", ".join(f"{recipe.name}: {BASE}/data/test.jsonl" for recipe in recipes),
-        precision=precision,
+        quantized=quantized_step(precision),
         pad=" " * (25 - len(package)),
         proof_pad=" " * (19 - len(package)),
     )

@@ -11,7 +11,7 @@ from typing import Any
 import slmops
 from slmops import demo
 from slmops.config import QuickstartSettings, load
-from slmops.demo.recipes import BASE, RECIPES, base_step, package_steps
+from slmops.demo.recipes import BASE, RECIPES, base_steps, package_steps
 from slmops.errors import BadArtifact, RunFailed
 from slmops.pipeline.outcome import PipelineResult, value_of
 from slmops.pipeline.running import run
@@ -196,8 +196,8 @@ def _pipeline(precision: str, seed: int) -> str:
     values = {"FIRST": first.name, "PRECISION": precision, "ROWS": f"{BASE}/data/test.jsonl", "GATE": f"{first.gate:g}"}
     return (
         _HEAD
-        + base_step(seed)
-        + "".join(recipe.steps(seed) for recipe in RECIPES)
+        + base_steps(seed, precision)
+        + "".join(recipe.steps(seed, precision) for recipe in RECIPES)
         + package_steps(RECIPES, _PACKAGE, precision)
         + _filled(_ROAD, values)
     )

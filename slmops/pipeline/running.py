@@ -98,9 +98,14 @@ def _perform(plan: Plan, step: Step, state: State, key: str, *, resume: bool) ->
 
 
 def config_of(plan: Plan, step: Step) -> dict[str, Any]:
-    """Return the settings that a step's verb is called with, its inputs in their places."""
+    """Return the settings that a step's verb is called with, its inputs in their places.
+
+    A verb may tell what was asked for from a default: `pack` of an export refuses another precision than the export's.
+    """
     verb = VERBS[step.verb]
-    config = flat(step.settings) | {role: plan.place(reference) for role, reference in step.inputs.items() if role in verb.paths}
+    config = flat(step.settings, given=True) | {
+        role: plan.place(reference) for role, reference in step.inputs.items() if role in verb.paths
+    }
     for setting in verb.named:
         if found := named_inputs(setting, step.inputs):
             config[setting] = [f"{name}={plan.place(reference)}" for name, reference in found.items()]
