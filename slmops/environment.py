@@ -43,6 +43,7 @@ PROVIDED_BY = {
     "datasets": ("datasets", "train"),
     "jinja2": ("jinja2", "runtime"),
     "matplotlib": ("matplotlib", "train"),
+    "mlflow": ("mlflow-skinny", "mlflow"),
     "numpy": ("numpy", "runtime"),
     "olive": ("olive-ai", "olive"),
     "onnx": ("onnx", "train"),
@@ -53,9 +54,11 @@ PROVIDED_BY = {
     "psutil": ("psutil", "runtime"),
     "pyarrow": ("pyarrow", "train"),
     "safetensors": ("safetensors", "train"),
+    "tensorboard": ("tensorboard", "tensorboard"),
     "tokenizers": ("tokenizers", "runtime"),
     "torch": ("torch", "train"),
     "transformers": ("transformers", "train"),
+    "wandb": ("wandb", "wandb"),
 }
 
 # Every variable that a dependency reads to send nothing (STACK: olive, onnxruntime >= 1.29, genai, huggingface_hub).
@@ -65,6 +68,8 @@ NO_TELEMETRY = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "1",
+    "WANDB_ERROR_REPORTING": "false",
 }
 
 

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             traceback.print_exception(error)
         problem = as_slmops_error(error)
         if isinstance(problem, Interrupted) and _command(words) == "finetune":
-            problem = Interrupted("interrupted; the same command with --resume goes on where it stopped")
+            problem = Interrupted("interrupted; the same command with --resume goes on from the last checkpoint, if there was one")
         if "--json" in asked:
             _write_error(problem, _command(words), time.perf_counter() - started)
         _say(problem)

@@ -61,7 +61,18 @@ class RunSettings(Settings):
     threads: int | None = setting(None, "threads (default: one for a tiny model, else all cores)", ge=1)
     seed: int = setting(0, "seed of everything random: two runs on one machine give the same adapter", ge=0)
     evaluations: int = setting(4, "how often in the run validation is measured and the best adapter kept", ge=1)
-    resume: bool = setting(False, "go on from the checkpoint of a run that was stopped")
+    patience: int | None = setting(
+        None, "end the run after so many evaluations in a row without a lower validation loss (default: never)", ge=1
+    )
+    checkpoints: int | None = setting(
+        None, "how often in the run all that --resume needs is written (default: as often as validation is measured)", ge=0
+    )
+    checkpoint_steps: int | None = setting(None, "write it every so many optimizer steps instead", ge=1)
+    resume: bool = setting(False, "go on from the last checkpoint of a run that was stopped")
+    report_to: list[Literal["tensorboard", "mlflow", "wandb"]] | None = setting(
+        None, "send the figures of the run to tensorboard, mlflow or wandb too (on this machine: wandb stays offline)"
+    )
+    processes: int = setting(1, "processes that share every batch, on this machine: what is learned stays the same", ge=1, le=64)
     force: bool = setting(False, "replace an output folder that slmops wrote")
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slmops import environment, progress
-from slmops.config import FinetuneSettings
+from slmops.config import FinetuneSettings, flat
 from slmops.data import Corpus
 from slmops.errors import InvalidInput, RunFailed
 from slmops.runtime import hugging_face, loading
 from slmops.runtime.quantized_base import QuantizedBase
-from slmops.training import checkpoints, methods
+from slmops.training import checkpoints, methods, processes
+from slmops.training.processes import Team
+from slmops.training.tracking import trackers
 
 if TYPE_CHECKING:
     from slmops.training.trainer import Row
@@ -86,7 +87,15 @@ def train_with_olive(base: Path, train: Corpus, validation: Corpus, settings: Fi
 
 
 def train_with_peft(
-    base: Path, train: Corpus, validation: Corpus, settings: FinetuneSettings, folder: Path, package: QuantizedBase | None = None
+    base: Path,
+    train: Corpus,
+    validation: Corpus,
+    settings: FinetuneSettings,
+    folder: Path,
+    package: QuantizedBase | None = None,
+    *,
+    out: Path,
+    team: Team,
 ) -> Run:
     """Train with our own trainer (`slmops.training.trainer`); keeps the adapter of the lowest validation loss.
 
@@ -97,32 +106,41 @@ def train_with_peft(
         settings: of the run.
         folder: to write the adapter to.
         package: whose quantized weights take the place of the model's own.
+        out: where the adapter will lie in the end; trackers write beside it.
+        team: the processes that train together.
     """
     transformers = hugging_face.quiet_libraries()
     from slmops.training.trainer import SupervisedTrainer, Watcher
+    from slmops.training.watching import Observer, Patience
 
-    environment.require("torch", "to train").set_num_threads(settings.run.threads or loading.default_threads(base))
+    environment.require("torch", "to train").set_num_threads(team.threads(settings.run.threads, loading.default_threads(base)))
     transformers.set_seed(settings.run.seed)
     model = methods.load_base(base, quantized=settings.method.method == "qlora", precision=settings.run.precision, package=package)
     parameters = sum(p.numel() for p in model.parameters())
     model = methods.attach_adapter(model, settings.method)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows, held_out = _pairs(train), _pairs(validation)
-    arguments, steps = training_arguments(settings, folder, len(rows), parameters, bool(held_out))
+    arguments, steps = training_arguments(settings, folder, len(rows), parameters, bool(held_out), team)
     best = folder / "best.safetensors"
-    trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, lambda m: save_adapter_weights(m, best))
+    keep = (lambda m: save_adapter_weights(m, best)) if team.leads else (lambda m: None)
+    trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, keep)
+    processes.check_together(team, trainer.accelerator)
     trainer.remove_callback(transformers.PrinterCallback)
     checkpoint = checkpoints.latest(folder / checkpoints.FOLDER) if settings.run.resume else None
-    if checkpoint is not None:
-        trainer.best_loss = checkpoints.lowest_validation_loss(checkpoint) or math.inf
-    with progress.task("finetune", total=steps, unit="steps") as task:
+    done = trainer.begin_with(checkpoint, best)
+    names = (settings.run.report_to or []) if team.leads else []
+    with trackers(names, out, flat(settings), done) as told, progress.task("finetune", total=steps, unit="steps") as task:
+        task.advance(done)
+        for callback in (Observer(told), Patience(settings.run.patience)):
+            trainer.add_callback(callback)
         trainer.add_callback(Watcher(task, train.tokens_total / max(1, len(trainer.order))))
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         if held_out and not _evaluated_last(trainer):
             trainer.evaluate()
         loop_seconds = time.perf_counter() - started
-    write_adapter(trainer.model, best if best.exists() else None, folder)
+    if team.leads:
+        write_adapter(trainer.model, best if best.exists() else None, folder)
     return Run(
         train_loss=_last_train_loss(trainer.state.log_history),
         validation_loss=trainer.best_loss if held_out else None,
@@ -134,13 +152,15 @@ def train_with_peft(
     )
 
 
-def training_arguments(settings: FinetuneSettings, folder: Path, rows: int, parameters: int, validates: bool) -> tuple[Any, int]:
+def training_arguments(
+    settings: FinetuneSettings, folder: Path, rows: int, parameters: int, validates: bool, team: Team = processes.ALONE
+) -> tuple[Any, int]:
     """Return the Trainer's arguments and the number of optimizer steps."""
     from transformers import TrainingArguments
 
     optimizer, run = settings.optimizer, settings.run
     steps = total_steps(settings, rows)
-    every = math.ceil(steps / run.evaluations)
+    every, saved = math.ceil(steps / run.evaluations), checkpoints.interval(run, steps)
     arguments = TrainingArguments(
         output_dir=str(folder / checkpoints.FOLDER),
         max_steps=steps,
@@ -154,15 +174,18 @@ def training_arguments(settings: FinetuneSettings, folder: Path, rows: int, para
         seed=run.seed,
         eval_strategy="steps" if validates else "no",
         eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=1,
+        save_strategy="steps" if saved else "no",
+        save_steps=saved or steps,
         logging_steps=max(1, steps // 100),
         logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
+        # Without it, processes on a machine without a GPU would not find each other, and each train an adapter alone.
+        use_cpu=team.size > 1 and not environment.require("torch", "to train").cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
     )
     return arguments, steps
 
@@ -185,12 +208,11 @@ def save_adapter_weights(model: Any, path: Path) -> None:
 
 
 def write_adapter(model: Any, best: Path | None, folder: Path) -> None:
-    """Write the PEFT folder with the best adapter of the run and remove what only the run needed."""
+    """Write the PEFT folder with the best adapter of the run."""
     model.save_pretrained(folder, safe_serialization=True)
     if best is not None:
         best.replace(folder / "adapter_model.safetensors")
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
-    shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)
 
 
 def _pairs(corpus: Corpus) -> list[Row]:
