@@ -99,6 +99,7 @@ def train_with_peft(
         package: whose quantized weights take the place of the model's own.
     """
     transformers = hugging_face.quiet_libraries()
+    from slmops.training.step import prepare_step
     from slmops.training.trainer import SupervisedTrainer, Watcher
 
     environment.require("torch", "to train").set_num_threads(settings.run.threads or loading.default_threads(base))
@@ -110,7 +111,10 @@ def train_with_peft(
     rows, held_out = _pairs(train), _pairs(validation)
     arguments, steps = training_arguments(settings, folder, len(rows), parameters, bool(held_out))
     best = folder / "best.safetensors"
-    trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, lambda m: save_adapter_weights(m, best))
+    step = prepare_step(model, rows)
+    if step.reason is not None:
+        progress.say(f"rows are padded, not joined: {step.reason}")
+    trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, step.layout, lambda m: save_adapter_weights(m, best))
     trainer.remove_callback(transformers.PrinterCallback)
     checkpoint = checkpoints.latest(folder / checkpoints.FOLDER) if settings.run.resume else None
     if checkpoint is not None:
