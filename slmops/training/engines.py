@@ -110,6 +110,7 @@ def train_with_peft(
         team: the processes that train together.
     """
     transformers = hugging_face.quiet_libraries()
+    from slmops.training.step import prepare_step
     from slmops.training.trainer import SupervisedTrainer, Watcher
     from slmops.training.watching import Observer, Patience
 
@@ -122,8 +123,11 @@ def train_with_peft(
     rows, held_out = _pairs(train), _pairs(validation)
     arguments, steps = training_arguments(settings, folder, len(rows), parameters, bool(held_out), team)
     best = folder / "best.safetensors"
+    step = prepare_step(model, rows)
+    if step.reason is not None:
+        progress.say(f"rows are padded, not joined: {step.reason}")
     keep = (lambda m: save_adapter_weights(m, best)) if team.leads else (lambda m: None)
-    trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, keep)
+    trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, step.layout, keep)
     processes.check_together(team, trainer.accelerator)
     trainer.remove_callback(transformers.PrinterCallback)
     checkpoint = checkpoints.latest(folder / checkpoints.FOLDER) if settings.run.resume else None
