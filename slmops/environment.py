@@ -199,6 +199,11 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def process_index() -> int:
+    """Return which of a launcher's processes this is (`accelerate launch`, torchrun); the first, 0, speaks for all."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def need_disk(folder: Path, size_bytes: int, what: str) -> None:
     """Raise RunFailed before work begins when `size_bytes` will not fit where `folder` is to be."""
     place = folder.resolve()
