@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from slmops.training.trainer import Row
 
 
+BEST = "best"
+"""Folder of what had the lowest validation loss so far, within the folder that is written."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What a trainer, whichever engine it is, reports back."""
@@ -62,7 +66,7 @@ def train_with_olive(base: Path, train: Corpus, validation: Corpus, settings: Fi
         max_steps=steps,
         batch_size=optimizer.batch_size,
         gradient_accumulation=optimizer.gradient_accumulation,
-        learning_rate=optimizer.learning_rate or methods.default_learning_rate(hugging_face.parameter_count(base)),
+        learning_rate=optimizer.learning_rate or methods.default_learning_rate(hugging_face.parameter_count(base), method.method),
         schedule=optimizer.schedule,
         warmup_steps=round(optimizer.warmup_share * steps),
         weight_decay=optimizer.weight_decay,
@@ -103,15 +107,19 @@ def train_with_peft(
 
     environment.require("torch", "to train").set_num_threads(settings.run.threads or loading.default_threads(base))
     transformers.set_seed(settings.run.seed)
-    model = methods.load_base(base, quantized=settings.method.method == "qlora", precision=settings.run.precision, package=package)
+    trained = methods.method_of(settings.method).trains_base
+    quantized = settings.method.method == "qlora"
+    model = methods.load_base(base, quantized=quantized, precision=settings.run.precision, package=package, trained=trained)
     parameters = sum(p.numel() for p in model.parameters())
     model = methods.attach_adapter(model, settings.method)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows, held_out = _pairs(train), _pairs(validation)
     arguments, steps = training_arguments(settings, folder, len(rows), parameters, bool(held_out))
-    best = folder / "best.safetensors"
-    trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, lambda m: save_adapter_weights(m, best))
+    best = folder / BEST
+    trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, lambda m: methods.save_trained(m, best))
     trainer.remove_callback(transformers.PrinterCallback)
+    for callback in methods.callbacks_for(settings.method, model):
+        trainer.add_callback(callback)
     checkpoint = checkpoints.latest(folder / checkpoints.FOLDER) if settings.run.resume else None
     if checkpoint is not None:
         trainer.best_loss = checkpoints.lowest_validation_loss(checkpoint) or math.inf
@@ -122,7 +130,8 @@ def train_with_peft(
         if held_out and not _evaluated_last(trainer):
             trainer.evaluate()
         loop_seconds = time.perf_counter() - started
-    write_adapter(trainer.model, best if best.exists() else None, folder)
+    methods.write_trained(trainer.model, best, folder)
+    shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)
     return Run(
         train_loss=_last_train_loss(trainer.state.log_history),
         validation_loss=trainer.best_loss if held_out else None,
@@ -146,7 +155,7 @@ def training_arguments(settings: FinetuneSettings, folder: Path, rows: int, para
         max_steps=steps,
         per_device_train_batch_size=optimizer.batch_size,
         gradient_accumulation_steps=optimizer.gradient_accumulation,
-        learning_rate=optimizer.learning_rate or methods.default_learning_rate(parameters),
+        learning_rate=optimizer.learning_rate or methods.default_learning_rate(parameters, settings.method.method),
         lr_scheduler_type=optimizer.schedule if optimizer.schedule != "constant" else "constant_with_warmup",
         warmup_steps=round(optimizer.warmup_share * steps),
         weight_decay=optimizer.weight_decay,
@@ -172,25 +181,6 @@ def total_steps(settings: FinetuneSettings, rows: int) -> int:
     optimizer = settings.optimizer
     per_epoch = math.ceil(math.ceil(rows / optimizer.batch_size) / optimizer.gradient_accumulation)
     return optimizer.max_steps or max(1, round(per_epoch * optimizer.epochs))
-
-
-def save_adapter_weights(model: Any, path: Path) -> None:
-    """Write an adapter's tensors, as PEFT names them."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
-    save_file(state, path)
-    path.chmod(0o644)  # safetensors writes for the owner only
-
-
-def write_adapter(model: Any, best: Path | None, folder: Path) -> None:
-    """Write the PEFT folder with the best adapter of the run and remove what only the run needed."""
-    model.save_pretrained(folder, safe_serialization=True)
-    if best is not None:
-        best.replace(folder / "adapter_model.safetensors")
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
-    shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)
 
 
 def _pairs(corpus: Corpus) -> list[Row]:
