@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,10 @@ def attach(model: Any, adapter: Path, base: Path) -> nn.Module:
     peft = environment.require("peft", "to load an adapter")
     carrying.refuse_unrepeatable(adapter, config)
     try:
-        adapted = peft.PeftModel.from_pretrained(model, adapter, is_trainable=False)
+        with warnings.catch_warnings():
+            # PEFT looks for AdaLoRA's ranks, which it wrote itself, among names of layers (peft 0.21.2).
+            warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+            adapted = peft.PeftModel.from_pretrained(model, adapter, is_trainable=False)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadArtifact(f"{adapter} does not fit {base}: {reason}", "give the base that it was trained on with --base") from error

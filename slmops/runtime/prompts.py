@@ -20,7 +20,8 @@ class PromptedModel(PeftModelForCausalLM):
     @property
     def virtual_tokens(self) -> int:
         """How many there are."""
-        return int(self.active_peft_config.num_virtual_tokens)
+        config: Any = self.active_peft_config
+        return int(config.num_virtual_tokens)
 
     def forward(  # type: ignore[override]
         self,
