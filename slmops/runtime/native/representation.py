@@ -50,8 +50,9 @@ def add(model: Any, config: dict[str, Any]) -> None:
     """Put an edit of `config["rank"]` behind each layer, for the first `config["positions"]` tokens of a row (None: for all)."""
     width = model.config.get_text_config().hidden_size
     edited = Edited(config["positions"])
-    model.register_forward_pre_hook(edited.look, with_kwargs=True)
-    for layer in decoder_layers(model)[1]:
+    body, layers = decoder_layers(model)
+    body.register_forward_pre_hook(edited.look, with_kwargs=True)
+    for layer in layers:
         layer.edit = LowRankEdit(width, config["rank"]).to(next(layer.parameters()).device)
         layer.register_forward_hook(edited.apply)
 
@@ -64,10 +65,11 @@ class Edited:
         self.where: torch.Tensor | None = None
 
     def look(self, _: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        """Find the tokens at the first positions of their rows, before the model runs; padding is none of them."""
+        """Find the tokens at the first positions of their rows, before the layers run; padding is none of them."""
         if self.first is None:
             return
-        ids = given["input_ids"] if "input_ids" in given else args[0]
+        ids = given.get("input_ids", args[0] if args else None)
+        ids = given["inputs_embeds"] if ids is None else ids
         cache, positions, mask = given.get("past_key_values"), given.get("position_ids"), given.get("attention_mask")
         if positions is None:
             before = cache.get_seq_length() if cache is not None else 0

@@ -43,7 +43,7 @@ class Method:
 METHODS = {
     method.name: method
     for method in (
-        Method("full", "every weight; what comes out is a model", "", (), 0.5, own_configs.whole, trains_base=True),
+        Method("full", "every weight; what comes out is a model", "", (), 0.3, own_configs.whole, trains_base=True),
         Method("lora", "a low-rank pair beside each linear layer", "arXiv 2106.09685", (*_LORA, "quantized_base"), 1, peft_configs.lora),
         Method("qlora", "lora, around a base held in 4 bits (nf4)", "arXiv 2305.14314", (*_LORA, "quantized_base"), 1, peft_configs.qlora),
         Method("dora", "lora's direction, and the length of each weight's rows", "arXiv 2402.09353", _LORA, 1, peft_configs.dora),
@@ -60,11 +60,11 @@ METHODS = {
             "lora, its ranks moved in training to the layers that need them",
             "arXiv 2303.10512",
             _LORA,
-            3,
+            5,
             peft_configs.adalora,
             unresumable="how important each rank was so far",
         ),
-        Method("ia3", "one factor for each key, value and MLP channel", "arXiv 2205.05638", (), 10, peft_configs.ia3),
+        Method("ia3", "one factor for each key, value and MLP channel", "arXiv 2205.05638", (), 100, peft_configs.ia3),
         Method(
             "prefix",
             "keys and values before each text, in every layer",
@@ -74,7 +74,7 @@ METHODS = {
             peft_configs.prefix,
             unresumable="the network that makes the prefix",
         ),
-        Method("prompt", "embeddings before each text", "arXiv 2104.08691", ("virtual_tokens",), 50, peft_configs.prompt),
+        Method("prompt", "embeddings before each text", "arXiv 2104.08691", ("virtual_tokens",), 100, peft_configs.prompt),
         Method(
             "p-tuning",
             "embeddings before each text, made by a small network",
@@ -89,7 +89,7 @@ METHODS = {
             "a narrow layer behind each attention and MLP, and the normalizations",
             "arXiv 1902.00751",
             ("bottleneck_size",),
-            1,
+            2,
             own_configs.bottleneck,
             trains_base=True,
         ),
@@ -99,7 +99,7 @@ METHODS = {
             "an edit of few dimensions of the hidden representation, after each layer",
             "arXiv 2404.03592",
             ("reft_rank", "reft_positions"),
-            2,
+            5,
             own_configs.loreft,
         ),
     )
