@@ -300,15 +300,15 @@ def test_answers_with_a_cache_are_those_without(name: str, base: Path) -> None:
 def test_padding_changes_no_method_s_loss(name: str, base: Path) -> None:
     import torch
 
-    from slmops.training.trainer import keeps_logits, summed_loss
+    from slmops.training.step import Padded
 
     model = attached(base, method=name)
     if name != "adalora":
         disturb(model, 0.05)
-    material, keeps = pairs(4), keeps_logits(model)
+    material, padded = pairs(4), Padded(model)
     with torch.no_grad():
-        together = float(summed_loss(model, collate(material), keeps))
-        alone = sum(float(summed_loss(model, collate([row]), keeps)) for row in material)
+        together = float(padded.summed_loss(model, collate(material)))
+        alone = sum(float(padded.summed_loss(model, collate([row]))) for row in material)
     assert together == pytest.approx(alone, rel=1e-5)
 
 

@@ -103,6 +103,7 @@ def train_with_peft(
         package: whose quantized weights take the place of the model's own.
     """
     transformers = hugging_face.quiet_libraries()
+    from slmops.training.step import prepare_step
     from slmops.training.trainer import SupervisedTrainer, Watcher
 
     environment.require("torch", "to train").set_num_threads(settings.run.threads or loading.default_threads(base))
@@ -116,7 +117,10 @@ def train_with_peft(
     rows, held_out = _pairs(train), _pairs(validation)
     arguments, steps = training_arguments(settings, folder, len(rows), parameters, bool(held_out))
     best = folder / BEST
-    trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, lambda m: methods.save_trained(m, best))
+    step = prepare_step(model, rows)
+    if step.reason is not None:
+        progress.say(f"rows are padded, not joined: {step.reason}")
+    trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, step.layout, lambda m: methods.save_trained(m, best))
     trainer.remove_callback(transformers.PrinterCallback)
     for callback in methods.callbacks_for(settings.method, model):
         trainer.add_callback(callback)
