@@ -70,7 +70,7 @@ METHODS = {
             "keys and values before each text, in every layer",
             "arXiv 2101.00190",
             ("virtual_tokens", "encoder_size"),
-            10,
+            3,
             peft_configs.prefix,
             unresumable="the network that makes the prefix",
         ),
