@@ -46,6 +46,11 @@ HEAVY_ALLOWED = {
     "training/trainer.py": {"transformers", "torch"},
     "training/resuming.py": {"transformers", "torch"},
     "training/watching.py": {"transformers"},
+    "training/methods/allocation.py": {"transformers", "torch"},
+    "runtime/prompts.py": {"peft", "torch"},
+    "runtime/native/biases.py": {"torch"},
+    "runtime/native/bottleneck.py": {"torch"},
+    "runtime/native/representation.py": {"torch"},
     "graph/builder_process.py": {"torch", "transformers", "onnx_ir"},
 }
 SETTINGS = [value for name, value in vars(config).items() if name.endswith("Settings") and name != "Settings" and isinstance(value, type)]

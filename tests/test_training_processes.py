@@ -155,7 +155,17 @@ def test_two_processes_learn_what_one_learns_also_after_a_resume(base: Path, row
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["processes"] == (2 if more else 1), "one document, of one process"
     assert_same_curve(tmp_path / "two", tmp_path / "one")
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     launched = subprocess.run(
         [sys.executable, *launcher, *command(base, rows, tmp_path / "launched", "--max-steps", "12", "--json")],
         capture_output=True,

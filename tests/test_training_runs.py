@@ -20,6 +20,7 @@ from slmops import artifact, progress
 from slmops.config import FinetuneSettings, load
 from slmops.errors import BadArtifact, InvalidInput, SlmopsError, Unavailable
 from slmops.training import checkpoints
+from slmops.training.methods import METHODS
 from slmops.training.overfitting import evaluations_since_best, find_turn
 
 
@@ -119,7 +120,9 @@ def test_what_a_kill_left_half_written_is_never_taken(base: Path, rows: Path, tm
     (folder / checkpoints.WRITING / "weights.safetensors").write_bytes((latest / "weights.safetensors").read_bytes()[:100])
     (folder / "checkpoint-3").mkdir()
     (folder / "checkpoint-3" / "state.json").write_text("{")
-    (folder.parent / "best.safetensors").write_bytes(b"half")
+    for file in (folder.parent / checkpoints.BEST).iterdir():
+        file.unlink()
+        file.write_bytes(b"half")
     resumed = finetune(base, rows, tmp_path / "out", resume=True)
     assert adapter_bytes(resumed.path) == adapter_bytes(whole.path)
     assert losses(resumed.path) == losses(whole.path)
@@ -131,8 +134,8 @@ def test_a_kill_while_the_artefact_is_written_loses_nothing(learned: Path, wrong
     settings: dict[str, Any] = {"validation": rows, "learning_rate": 2e-2}
     whole = finetune(learned, wrong, tmp_path / "whole", **settings)
     folder = interrupted(11, learned, wrong, tmp_path / "out", **settings)
-    best = folder.parent / "best.safetensors"
-    best.replace(folder.parent / "adapter_model.safetensors")
+    for file in (folder.parent / checkpoints.BEST).iterdir():
+        file.replace(folder.parent / file.name)
     resumed = finetune(learned, wrong, tmp_path / "out", resume=True, **settings)
     assert adapter_bytes(resumed.path) == adapter_bytes(whole.path)
 
@@ -251,11 +254,15 @@ def history(*points: tuple[float, float]) -> list[dict[str, Any]]:
         ([], None),
     ],
 )
-def test_overfitting_is_a_validation_loss_that_turns_while_the_training_loss_falls(points: list[tuple[float, float]], step: int | None) -> None:
+def test_overfitting_is_a_validation_loss_that_turns_while_the_training_loss_falls(
+    points: list[tuple[float, float]], step: int | None
+) -> None:
     turn = find_turn(history(*points))
     assert (turn.step if turn else None) == step
     if turn:
-        assert str(turn).startswith("overfitting: the validation loss turned at step 20 (1.5, then 2 at step 40) while the training loss fell")
+        assert str(turn).startswith(
+            "overfitting: the validation loss turned at step 20 (1.5, then 2 at step 40) while the training loss fell"
+        )
         assert (turn.train_before, turn.train_after) == (2.5, 0.75)
 
 
@@ -344,3 +351,22 @@ def test_wandb_stays_on_this_machine(base: Path, rows: Path, tmp_path: Path) -> 
     runs = list((tmp_path / "out.tracking" / "wandb" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(runs) == 1
     assert b"validation_loss" in runs[0].read_bytes()
+
+
+# Methods -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "qlora"])
+def test_every_method_goes_on_to_what_it_would_have_been(base: Path, rows: Path, tmp_path: Path, method: str) -> None:
+    """AdaLoRA's checkpoint knows how important each rank was, prefix's the network that makes the prefix."""
+    settings: dict[str, Any] = {"method": method, "lora_rank": None, "max_steps": 16, "evaluations": 5}
+    whole = finetune(base, rows, tmp_path / "whole", **settings)
+    interrupted(11, base, rows, tmp_path / "out", **settings)
+    resumed = finetune(base, rows, tmp_path / "out", resume=True, **settings)
+    weights = [file.name for file in whole.path.glob("*.safetensors")]
+    assert weights
+    for name in (*weights, "adapter_config.json"):
+        if (whole.path / name).is_file():
+            assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes()
+    assert losses(resumed.path) == losses(whole.path)

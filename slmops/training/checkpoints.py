@@ -19,9 +19,10 @@ from slmops.errors import BadArtifact, InvalidInput
 FOLDER = "checkpoints"
 ANY = f"{FOLDER}/checkpoint-*"
 WRITING = "writing"
+BEST = "best"
+"""Folder of what had the lowest validation loss so far, within the folder that is written, and within a checkpoint."""
 TRAINER_STATE = "trainer_state.json"
 _RUN = "run.json"
-_BEST = "best.safetensors"
 # Settings that a run may be resumed with in another form: they change nothing of what is trained.
 _FREE = ("resume", "force", "checkpoints", "checkpoint_steps", "report_to")
 # A shorter run is over sooner than its checkpoint would be of use.
@@ -112,10 +113,26 @@ def of_step(folder: Path, step: int) -> Path:
 
 
 def restore_best(checkpoint: Path | None, best: Path) -> None:
-    """Put the best adapter of a checkpoint in its place, or none: what lies there may be of a later step, or half of one."""
-    best.unlink(missing_ok=True)
-    if checkpoint is not None and (checkpoint / _BEST).is_file():
-        shutil.copyfile(checkpoint / _BEST, best)
+    """Put the best of a checkpoint in its place, or nothing: what lies there may be of a later step, or half written."""
+    shutil.rmtree(best, ignore_errors=True)
+    if checkpoint is not None:
+        keep_best(checkpoint / BEST, best)
+
+
+def keep_best(best: Path, place: Path) -> None:
+    """Put the files of a folder into another too, as links where the file system has them: a whole model is large.
+
+    A better one is written as new files, so that a link keeps what it was.
+    """
+    if best.is_dir():
+        shutil.copytree(best, place, copy_function=_link)
+
+
+def _link(source: str, place: str) -> None:
+    try:
+        Path(place).hardlink_to(source)
+    except OSError:  # another disk, or a file system without links
+        shutil.copyfile(source, place)
 
 
 def lowest_validation_loss(checkpoint: Path) -> float | None:

@@ -63,7 +63,7 @@ def train_with_olive(base: Path, train: Corpus, validation: Corpus, settings: Fi
         max_steps=steps,
         batch_size=optimizer.batch_size,
         gradient_accumulation=optimizer.gradient_accumulation,
-        learning_rate=optimizer.learning_rate or methods.default_learning_rate(hugging_face.parameter_count(base)),
+        learning_rate=optimizer.learning_rate or methods.default_learning_rate(hugging_face.parameter_count(base), method.method),
         schedule=optimizer.schedule,
         warmup_steps=round(optimizer.warmup_share * steps),
         weight_decay=optimizer.weight_decay,
@@ -116,20 +116,24 @@ def train_with_peft(
 
     environment.require("torch", "to train").set_num_threads(team.threads(settings.run.threads, loading.default_threads(base)))
     transformers.set_seed(settings.run.seed)
-    model = methods.load_base(base, quantized=settings.method.method == "qlora", precision=settings.run.precision, package=package)
+    trained = methods.method_of(settings.method).trains_base
+    quantized = settings.method.method == "qlora"
+    model = methods.load_base(base, quantized=quantized, precision=settings.run.precision, package=package, trained=trained)
     parameters = sum(p.numel() for p in model.parameters())
     model = methods.attach_adapter(model, settings.method)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows, held_out = _pairs(train), _pairs(validation)
     arguments, steps = training_arguments(settings, folder, len(rows), parameters, bool(held_out), team)
-    best = folder / "best.safetensors"
+    best = folder / checkpoints.BEST
     step = prepare_step(model, rows)
     if step.reason is not None:
         progress.say(f"rows are padded, not joined: {step.reason}")
-    keep = (lambda m: save_adapter_weights(m, best)) if team.leads else (lambda m: None)
+    keep = (lambda m: methods.save_trained(m, best)) if team.leads else (lambda m: None)
     trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, step.layout, keep)
     processes.check_together(team, trainer.accelerator)
     trainer.remove_callback(transformers.PrinterCallback)
+    for callback in methods.callbacks_for(settings.method, model):
+        trainer.add_callback(callback)
     checkpoint = checkpoints.latest(folder / checkpoints.FOLDER) if settings.run.resume else None
     done = trainer.begin_with(checkpoint, best)
     names = (settings.run.report_to or []) if team.leads else []
@@ -144,7 +148,7 @@ def train_with_peft(
             trainer.evaluate()
         loop_seconds = time.perf_counter() - started
     if team.leads:
-        write_adapter(trainer.model, best if best.exists() else None, folder)
+        methods.write_trained(trainer.model, best, folder)
     return Run(
         train_loss=_last_train_loss(trainer.state.log_history),
         validation_loss=trainer.best_loss if held_out else None,
@@ -170,7 +174,7 @@ def training_arguments(
         max_steps=steps,
         per_device_train_batch_size=optimizer.batch_size,
         gradient_accumulation_steps=optimizer.gradient_accumulation,
-        learning_rate=optimizer.learning_rate or methods.default_learning_rate(parameters),
+        learning_rate=optimizer.learning_rate or methods.default_learning_rate(parameters, settings.method.method),
         lr_scheduler_type=optimizer.schedule if optimizer.schedule != "constant" else "constant_with_warmup",
         warmup_steps=round(optimizer.warmup_share * steps),
         weight_decay=optimizer.weight_decay,
@@ -199,24 +203,6 @@ def total_steps(settings: FinetuneSettings, rows: int) -> int:
     optimizer = settings.optimizer
     per_epoch = math.ceil(math.ceil(rows / optimizer.batch_size) / optimizer.gradient_accumulation)
     return optimizer.max_steps or max(1, round(per_epoch * optimizer.epochs))
-
-
-def save_adapter_weights(model: Any, path: Path) -> None:
-    """Write an adapter's tensors, as PEFT names them."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
-    save_file(state, path)
-    path.chmod(0o644)  # safetensors writes for the owner only
-
-
-def write_adapter(model: Any, best: Path | None, folder: Path) -> None:
-    """Write the PEFT folder with the best adapter of the run."""
-    model.save_pretrained(folder, safe_serialization=True)
-    if best is not None:
-        best.replace(folder / "adapter_model.safetensors")
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
 
 
 def _pairs(corpus: Corpus) -> list[Row]:

@@ -1,7 +1,7 @@
 """From a model and a data file to an adapter: what does `slmops finetune` do, step by step?
 
-Out comes a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`) with the best validation loss of the run,
-beside it the base's tokenizer, the validation rows, the loss curve, and the manifest with the interface: templates and
+Out comes the adapter's folder (`adapter_config.json`, `adapter_model.safetensors`), or with `--method full` a model's, of the lowest
+validation loss of the run, beside it the base's tokenizer, the validation rows, the loss curve, and the manifest with the interface: templates and
 stop token, which every later step takes from there.
 """
 
@@ -41,12 +41,12 @@ class Material:
 
 
 def finetune(model: str | Path, data: str | Path, *, out: str | Path, config: Any = None, **overrides: Any) -> Artifact:
-    """Fine-tune a model with an adapter.
+    """Fine-tune a model: train an adapter, or with `method="full"` the model itself.
 
     Args:
         model: a Hugging Face folder, or an artefact of kind "model".
         data: rows (`slmops.data.read_rows`), or a prepared dataset.
-        out: the adapter folder to write.
+        out: the folder to write, of an adapter or a model.
         config: YAML file or mapping of `FinetuneSettings`.
         overrides: single settings, such as `learning_rate=1e-3`.
 
@@ -58,6 +58,7 @@ def finetune(model: str | Path, data: str | Path, *, out: str | Path, config: An
     """
     settings = load(FinetuneSettings, config, **overrides)
     out, run = Path(out), settings.run
+    methods.refuse_foreign(settings.method)
     artifact.refuse_occupied(out, force=run.force)
     check_run(settings)
     team = processes.find_team(run.processes)
@@ -69,7 +70,13 @@ def finetune(model: str | Path, data: str | Path, *, out: str | Path, config: An
     identity = checkpoints.identity(base, data, settings, package.sha256 if package else None) | {"processes": team.size}
     if team.leads or run.resume:
         checkpoints.prepare(artifact.partial_folder(out), identity, resume=run.resume)
-    details: dict[str, Any] = {"kind": "adapter", "command": "finetune", "config": flat(settings), "force": run.force}
+    kept = methods.without_foreign(settings.method, flat(settings))
+    details: dict[str, Any] = {
+        "kind": "model" if settings.method.method == "full" else "adapter",
+        "command": "finetune",
+        "config": kept,
+        "force": run.force,
+    }
     with processes.shared_draft(team, out, keep=checkpoints.ANY, **details) as draft:
         material = prepare(base, data, settings, draft, package)
         if team.leads:
@@ -132,6 +139,7 @@ def prepare(base: Path, data: str | Path, settings: FinetuneSettings, draft: Dra
         stop_token=given.stop_token,
         max_length_tokens=given.max_length_tokens,
     )
+    interface = methods.leave_room(interface, base, settings.method)
     progress.say(f"stop token: {interface.stop_reason}")
     asked = {"prompt_template": interface.prompt_template, "completion_template": interface.completion_template}
     if validation is None:
@@ -167,6 +175,8 @@ def finish(draft: Draft, base: Path, data: str | Path, material: Material, train
     if not math.isfinite(trained.train_loss):
         raise RunFailed(f"training diverged: the loss ended at {trained.train_loss}", "lower --learning-rate, or check the data")
     write_curve(draft.folder, trained.history)
+    if draft.kind == "model":
+        methods.write_stops(draft.folder, material.interface.stop_token_ids)
     copy_tokenizer(base, draft.folder)
     with (draft.folder / "validation.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in material.validation_rows)
@@ -189,6 +199,7 @@ def finish(draft: Draft, base: Path, data: str | Path, material: Material, train
         "peak_memory_bytes": trained.peak_memory_bytes,
         "trainable_parameters": trained.trainable_parameters,
         "stop_reason": material.interface.stop_reason,
+        "roads": methods.find_roads(draft.folder, base, settings.method),
         **({quantized_base.ROLE: package.facts} if package is not None else {}),
         **told_by_history(draft, trained, engines.total_steps(settings, corpus.rows)),
     }

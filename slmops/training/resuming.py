@@ -24,11 +24,11 @@ class ResumableTrainer(Trainer):
     """A Trainer with checkpoints of slmops's own; sharded runs (FSDP, DeepSpeed) keep transformers' files, renamed when whole.
 
     Attributes:
-        best_file: the best adapter so far, which each checkpoint takes along.
+        best: folder of the best so far, which each checkpoint takes along.
         best_loss: its validation loss.
     """
 
-    best_file: Path | None = None
+    best: Path | None = None
     best_loss: float = math.inf
     _staging: Path | None = None
 
@@ -41,16 +41,16 @@ class ResumableTrainer(Trainer):
         """Tell whether no process has all weights."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
-    def begin_with(self, checkpoint: Path | None, best_file: Path) -> int:
-        """Take the best adapter so far from the checkpoint that the run goes on from; return the steps that it has made.
+    def begin_with(self, checkpoint: Path | None, best: Path) -> int:
+        """Take the best so far from the checkpoint that the run goes on from; return the steps that it has made.
 
         Args:
             checkpoint: None for a run from its beginning.
-            best_file: where the best adapter of the run is kept.
+            best: folder where the best of the run is kept.
         """
-        self.best_file = best_file
+        self.best = best
         if self.args.should_save:
-            checkpoints.restore_best(checkpoint, best_file)
+            checkpoints.restore_best(checkpoint, best)
         self.best_loss = math.inf
         if checkpoint is None:
             return 0
@@ -75,8 +75,8 @@ class ResumableTrainer(Trainer):
             written = staging
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            if self.best_file is not None and self.best_file.is_file():
-                shutil.copyfile(self.best_file, written / saved_state.BEST)
+            if self.best is not None:
+                checkpoints.keep_best(self.best, written / checkpoints.BEST)
             saved_state.flush(written)
             checkpoints.complete(written, folder, self.state.global_step)
         self.accelerator.wait_for_everyone()

@@ -2,7 +2,7 @@
 
     weights.safetensors      the trainable parameters, and what an adaptive method has learned about their importance
     optimizer.safetensors    the optimizer's state, tensor by tensor; its groups and numbers are in state.json
-    best.safetensors         the adapter of the lowest validation loss so far, where there is one
+    best/                    what had the lowest validation loss so far, where it was measured
     random-0.safetensors     the state of torch's generators, a file for each process; python's and numpy's in random-0.json
     state.json               the schedule, and the loss that has been summed up since it was last logged
     trainer_state.json       transformers' own: step, epoch, history
@@ -22,7 +22,7 @@ from typing import Any
 from slmops import artifact
 from slmops.errors import BadArtifact
 
-WEIGHTS, OPTIMIZER, STATE, BEST = "weights.safetensors", "optimizer.safetensors", "state.json", "best.safetensors"
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 # What AdaLoRA's allocator knows of each weight (peft 0.21, tuners/adalora/layer.py, RankAllocator).
 _ALLOCATOR = "rankallocator"
 _IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
@@ -137,7 +137,7 @@ def read_random(folder: Path, process: int) -> None:
 
 def flush(folder: Path) -> None:
     """See that the files of a folder are on the disk before it gets the name of a whole checkpoint."""
-    for path in [*folder.iterdir(), folder]:
+    for path in [*folder.rglob("*"), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
