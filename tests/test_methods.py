@@ -126,8 +126,6 @@ def test_training_begins_at_the_base(name: str, base: Path) -> None:
         ({"method": "loreft", "lora_dropout": 0.1, "bottleneck_size": 8}, "lora_dropout, bottleneck_size: loreft"),
         ({"method": "dora", "quantized_base": "runs/int4"}, "quantized_base: dora"),
         ({"method": "dora", "engine": "olive"}, "engine olive"),
-        ({"method": "prefix", "resume": True}, "resume: a checkpoint of prefix does not hold the network"),
-        ({"method": "adalora", "resume": True}, "resume: a checkpoint of adalora"),
     ],
 )
 def test_what_a_method_does_not_have_is_refused_by_name(given: dict[str, Any], named: str, tmp_path: Path) -> None:
