@@ -25,7 +25,21 @@ class DataSettings(Settings):
 
 
 MethodName = Literal[
-    "full", "lora", "qlora", "dora", "rslora", "adalora", "ia3", "prefix", "prompt", "p-tuning", "bottleneck", "bitfit", "loreft"
+    "full",
+    "lora",
+    "qlora",
+    "dora",
+    "rslora",
+    "adalora",
+    "loha",
+    "lokr",
+    "ia3",
+    "prefix",
+    "prompt",
+    "p-tuning",
+    "bottleneck",
+    "bitfit",
+    "loreft",
 ]
 
 

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
     from slmops.training.trainer import Row
 
 
+# Olive's passes for methods other than LoRA on a base in nf4 or in float.
+_OLIVE_PASSES = {"dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
+OLIVE_DIFFERS = (
+    "the last adapter of the run is kept, not the one of the lowest validation loss, which is measured once, at the end",
+    "rows come in random order and are padded, not grouped by length and joined",
+    "the whole model computes logits for every token, in PEFT's layers as they are",
+)
+"""What `--engine olive` does in another way than `--engine peft`, for its manifest."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What a trainer, whichever engine it is, reports back."""
@@ -36,7 +46,7 @@ class Run:
 
 
 def train_with_olive(base: Path, train: Corpus, validation: Corpus, settings: FinetuneSettings, folder: Path) -> Run:
-    """Train with Olive's LoRA or QLoRA pass, on the same tokens and labels.
+    """Train with Olive's LoRA, QLoRA, DoRA, LoHa or LoKr pass, on the same tokens and labels.
 
     Raises:
         InvalidInput: a setting that Olive's pass does not have.
@@ -55,6 +65,7 @@ def train_with_olive(base: Path, train: Corpus, validation: Corpus, settings: Fi
         rows,
         folder,
         quantized=method.method == "qlora",
+        variant=_OLIVE_PASSES.get(method.method, "LoRA"),
         rank=method.lora_rank,
         alpha=method.lora_alpha or 2 * method.lora_rank,
         dropout=method.lora_dropout,
@@ -110,7 +121,6 @@ def train_with_peft(
         team: the processes that train together.
     """
     transformers = hugging_face.quiet_libraries()
-    from slmops.training.step import prepare_step
     from slmops.training.trainer import SupervisedTrainer, Watcher
     from slmops.training.watching import Observer, Patience
 
@@ -125,11 +135,9 @@ def train_with_peft(
     rows, held_out = _pairs(train), _pairs(validation)
     arguments, steps = training_arguments(settings, folder, len(rows), parameters, bool(held_out), team)
     best = folder / checkpoints.BEST
-    step = prepare_step(model, rows)
-    if step.reason is not None:
-        progress.say(f"rows are padded, not joined: {step.reason}")
-    keep = (lambda m: methods.save_trained(m, best)) if team.leads else (lambda m: None)
-    trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, step.layout, keep)
+    layout = _layout(model, rows)
+    team.drop_apart(settings.run.seed)
+    trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, layout, lambda m: _keep(trainer, m, best, team))
     processes.check_together(team, trainer.accelerator)
     trainer.remove_callback(transformers.PrinterCallback)
     for callback in methods.callbacks_for(settings.method, model):
@@ -147,6 +155,8 @@ def train_with_peft(
         if held_out and not _evaluated_last(trainer):
             trainer.evaluate()
         loop_seconds = time.perf_counter() - started
+    if trainer.sharded and not held_out:
+        _keep(trainer, trainer.model, best, team)
     if team.leads:
         methods.write_trained(trainer.model, best, folder)
     return Run(
@@ -158,6 +168,25 @@ def train_with_peft(
         trainable_parameters=trainable,
         peak_memory_bytes=environment.peak_memory_bytes(),
     )
+
+
+def _layout(model: Any, rows: list[Row]) -> Any:
+    """Return how rows reach the model, made fast where every process has all weights."""
+    from slmops.training.step import Padded, prepare_step
+
+    if processes.sharded():
+        return Padded(model)
+    step = prepare_step(model, rows)
+    if step.reason is not None:
+        progress.say(f"rows are padded, not joined: {step.reason}")
+    return step.layout
+
+
+def _keep(trainer: Any, model: Any, best: Path, team: Team) -> None:
+    if trainer.sharded:
+        processes.save_sharded(trainer.accelerator, model, best, leads=team.leads)
+    elif team.leads:
+        methods.save_trained(model, best)
 
 
 def training_arguments(

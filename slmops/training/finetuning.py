@@ -157,7 +157,7 @@ def prepare(base: Path, data: str | Path, settings: FinetuneSettings, draft: Dra
 def train(base: Path, material: Material, settings: FinetuneSettings, draft: Draft, team: Team) -> Run:
     """Train the adapter with the engine asked for; it lies in the draft's folder afterwards."""
     if settings.method.engine == "olive":
-        draft.warn("engine olive keeps the last adapter of the run, not the one of the lowest validation loss")
+        draft.warn(f"engine olive: {'; '.join(engines.OLIVE_DIFFERS)}")
         return engines.train_with_olive(base, material.train, material.validation, settings, draft.folder)
     if settings.run.patience is not None and not material.validation_rows:
         raise InvalidInput(
@@ -201,6 +201,7 @@ def finish(draft: Draft, base: Path, data: str | Path, material: Material, train
         "stop_reason": material.interface.stop_reason,
         "roads": methods.find_roads(draft.folder, base, settings.method),
         **({quantized_base.ROLE: package.facts} if package is not None else {}),
+        **({"differs_from_peft": list(engines.OLIVE_DIFFERS)} if settings.method.engine == "olive" else {}),
         **told_by_history(draft, trained, engines.total_steps(settings, corpus.rows)),
     }
 

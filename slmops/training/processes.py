@@ -8,6 +8,7 @@ stays the same. The first process writes the artefact and speaks; the others com
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,11 @@ class Team:
     def threads(self, given: int | None, usual: int) -> int:
         """Return the threads of this process: those given, or its share of the usual number."""
         return given or max(1, usual // self.on_this_machine)
+
+    def drop_apart(self, seed: int) -> None:
+        """Let each process draw dropout of its own; the first draws what one process would."""
+        if self.index:
+            environment.require("torch", "to train").manual_seed((seed << 16) + self.index)
 
     def wait(self) -> None:
         """Wait until every process of the team has come here."""
@@ -138,6 +144,19 @@ def row_of(rows: list[tuple[list[int], list[int]]], number: int, ignored: int) -
         return rows[number]
     ids, labels = rows[-1 - number]
     return ids, [ignored] * len(labels)
+
+
+def sharded() -> bool:
+    """Tell whether a launcher asks for FSDP or DeepSpeed, with which no process has all weights."""
+    return any(os.environ.get(name, "").lower() == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
+
+
+def save_sharded(accelerator: Any, model: Any, folder: Path, *, leads: bool) -> None:
+    """Gather what was trained from all processes, and write it by one; every process has to call it. Not executed here (no GPUs)."""
+    state = accelerator.get_state_dict(model)
+    if leads:
+        shutil.rmtree(folder, ignore_errors=True)
+        accelerator.unwrap_model(model).save_pretrained(folder, state_dict=state)
 
 
 def prepare_loader(loader: Any, accelerator: Any) -> Any:

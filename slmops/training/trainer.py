@@ -127,7 +127,7 @@ class SupervisedTrainer(ResumableTrainer):
     def shared_validation_loss(self, model: nn.Module, batch_size: int) -> float:
         """Return the mean loss over all validation rows, of which each process computes its share."""
         count, index, rows = self.accelerator.num_processes, self.accelerator.process_index, self.validation_rows
-        if count == 1:
+        if count == 1 or self.sharded:  # sharded, every process has to take part in every batch
             return validation_loss(model, rows, batch_size, self.layout)
         own = rows[index::count]
         loss = validation_loss(model, own, batch_size, self.layout) if own else 0.0

@@ -30,6 +30,16 @@ def dora(model: Any, settings: MethodSettings) -> Any:
     return _with_lora(model, settings, use_dora=True)
 
 
+def loha(model: Any, settings: MethodSettings) -> Any:
+    """Add LoHa."""
+    return _attach(model, "LoHaConfig", r=settings.lora_rank, alpha=_alpha(settings), **_targets(model, settings))
+
+
+def lokr(model: Any, settings: MethodSettings) -> Any:
+    """Add LoKr."""
+    return _attach(model, "LoKrConfig", r=settings.lora_rank, alpha=_alpha(settings), **_targets(model, settings))
+
+
 def rslora(model: Any, settings: MethodSettings) -> Any:
     """Add rsLoRA."""
     return _with_lora(model, settings, use_rslora=True, lora_alpha=settings.lora_alpha or _RSLORA_ALPHA)
@@ -90,12 +100,16 @@ def refuse_unknown_targets(model: Any, targets: list[str]) -> None:
 
 
 def _with_lora(model: Any, settings: MethodSettings, **more: Any) -> Any:
-    scale = {"lora_alpha": settings.lora_alpha or 2 * settings.lora_rank}
+    scale = {"lora_alpha": _alpha(settings)}
     return _attach(
         model,
         "LoraConfig",
         **{"r": settings.lora_rank, "lora_dropout": settings.lora_dropout, **scale, **_targets(model, settings), **more},
     )
+
+
+def _alpha(settings: MethodSettings) -> float:
+    return settings.lora_alpha or 2 * settings.lora_rank
 
 
 def _targets(model: Any, settings: MethodSettings) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from slmops.training.methods import own_configs, peft_configs
 # SNIPS with, 2e-4 is the LoRA default of TRL and of "LoRA Without Regret" (Thinking Machines, 2025) near 1 B.
 _LEARNING_RATES = ((50e6, 1e-3), (500e6, 5e-4), (float("inf"), 2e-4))
 _LORA = ("lora_rank", "lora_alpha", "lora_dropout", "target_modules")
+_WITHOUT_DROPOUT = ("lora_rank", "lora_alpha", "target_modules")
 # What every method has.
 _SHARED = ("method", "engine")
-_OLIVE = ("lora", "qlora")
+_OLIVE = ("lora", "qlora", "dora", "loha", "lokr")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ METHODS = {
             _LORA,
             5,
             peft_configs.adalora,
+        ),
+        Method(
+            "loha", "the product, element by element, of two low-rank matrices", "arXiv 2108.06098", _WITHOUT_DROPOUT, 3, peft_configs.loha
+        ),
+        Method(
+            "lokr", "the Kronecker product of a small matrix and a low-rank one", "arXiv 2309.14859", _WITHOUT_DROPOUT, 3, peft_configs.lokr
         ),
         Method("ia3", "one factor for each key, value and MLP channel", "arXiv 2205.05638", (), 100, peft_configs.ia3),
         Method(
