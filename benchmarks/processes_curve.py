@@ -26,7 +26,8 @@ def main() -> None:
     options = _options()
     options.work.mkdir(parents=True, exist_ok=True)
     alone = [sys.executable, "-m", "slmops"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "slmops"]
+    plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", *plain, "-m", "slmops"]
     size, few = options.batch_size, options.batch_size * 2
     runs = [
         ("one process", run(alone, options, "one", size), None),

@@ -25,7 +25,9 @@ def finetuned(page: Page, document: Mapping[str, Any]) -> None:
             ("training loss", _metric(document, "train_loss")),
             ("validation loss", _metric(document, "validation_loss")),
             ("time", _joined(f"{duration(seconds)} in the loop{speed}" if seconds else "", f"{duration(document.get('seconds'))} in all")),
+            ("ended early", _early(document.get("ended_early"))),
             ("peak memory", size(document.get("peak_memory_bytes"))),
+            ("processor", _cores(document)),
             ("stop token", document.get("stop_reason")),
             ("loss curve", _existing(out, "loss.png")),
             *roads(document.get("roads")),
@@ -34,6 +36,17 @@ def finetuned(page: Page, document: Mapping[str, Any]) -> None:
     page.warnings(document)
     if out:
         page.next(*_after_training(out, document))
+
+
+def _early(ended: Any) -> str:
+    return f"at step {ended['step']} of {ended['of']}: the validation loss no longer fell" if ended else ""
+
+
+def _cores(document: Mapping[str, Any]) -> str:
+    cores, count = (document.get("usage") or {}).get("cpu_cores"), document.get("processes") or 1
+    if not cores:
+        return ""
+    return f"{number(cores)} cores in use" + (f" in each of {count} processes" if count > 1 else "")
 
 
 def roads(open_to: Any) -> list[tuple[str, str]]:
