@@ -204,6 +204,11 @@ def process_index() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def own_gpu() -> str:
+    """Return where a process of a launcher's puts a model on a machine with GPUs: its own one, or, alone, wherever there is room."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "auto"
+
+
 def need_disk(folder: Path, size_bytes: int, what: str) -> None:
     """Raise RunFailed before work begins when `size_bytes` will not fit where `folder` is to be."""
     place = folder.resolve()
