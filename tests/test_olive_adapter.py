@@ -180,6 +180,16 @@ def test_qlora_and_gpu_workflows_are_clean(tmp_path: Path) -> None:
     assert problems(quantized) == []
 
 
+@pytest.mark.parametrize("variant", ["LoRA", "DoRA", "LoHa", "LoKr"])
+def test_workflows_of_every_pass_are_clean(tmp_path: Path, variant: str) -> None:
+    """No key that Olive would drop, and no dropout for a pass that has none."""
+    workflow = compose(tmp_path, tmp_path / "rows.jsonl", 20, tmp_path, replace(RECIPE, variant=variant), ["q_proj"], cuda=False)
+    run = workflow["passes"]["adapter"]
+    assert run["type"] == variant
+    assert ("lora_dropout" in run["config"]) == (variant in ("LoRA", "DoRA"))
+    assert problems(workflow) == []
+
+
 @pytest.mark.parametrize(
     ("rows", "changes", "steps"),
     [(20, {}, 6), (20, {"max_steps": 4}, 4), (20, {"epochs": 0.5}, 2), (1, {"epochs": 0.1}, 1), (16, {"epochs": 1.0}, 2)],
@@ -217,6 +227,10 @@ def test_what_olive_cannot_honour_is_refused(model: Path, rows: list, tmp_path: 
         train(model, [], tmp_path / "out", batch_size=1)
     with pytest.raises(InvalidInput, match="QLoRA pass adapts every linear layer"):
         train(model, rows, tmp_path / "out", quantized=True, target_modules=["q_proj"])
+    with pytest.raises(InvalidInput, match="PEFT's LoHa has no dropout"):
+        train(model, rows, tmp_path / "out", variant="LoHa", dropout=0.1)
+    with pytest.raises(InvalidInput, match="no quantized pass DoRA"):
+        train(model, rows, tmp_path / "out", variant="DoRA", quantized=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -361,6 +375,40 @@ def test_qlora_run(model: Path, rows: list, tmp_path: Path) -> None:
     assert run.history[0]["loss"] != pytest.approx(loss_of_base(model, rows), abs=1e-5)  # the base is in 4 bits
     assert run.history[0]["loss"] == pytest.approx(loss_of_base(model, rows), abs=0.2)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == sorted(LINEARS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "kind", "tensors"),
+    [
+        # magnitudes (outputs) beside rank x (in + out); two pairs in place of one; w1 and w2 are small enough to be whole
+        ("DoRA", "LORA", {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"}),
+        ("LoHa", "LOHA", {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),
+        ("LoKr", "LOKR", {"lokr_w1", "lokr_w2_a", "lokr_w2_b"}),
+    ],
+)
+def test_the_other_passes_run(model: Path, rows: list, tmp_path: Path, variant: str, kind: str, tensors: set[str]) -> None:
+    """A new adapter changes nothing, it learns, PEFT loads it, and every layer has its tensors."""
+    import torch
+    from safetensors.torch import load_file
+
+    from slmops.runtime.hugging_face import load_adapted
+
+    run = train(model, rows, tmp_path / "out", variant=variant)
+    assert run.history[0]["loss"] == pytest.approx(loss_of_base(model, rows), abs=1e-4)
+    assert run.history[-1]["loss"] < 0.9 * run.history[0]["loss"]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["task_type"], config.get("use_dora", False)) == (kind, "CAUSAL_LM", variant == "DoRA")
+    state = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name.split("_proj.")[1] for name in state} == tensors
+    assert run.trainable_parameters == sum(tensor.numel() for tensor in state.values())
+    ids = torch.tensor([rows[0][0]])
+    adapted: Any = load_adapted(model, tmp_path / "out")
+    with torch.no_grad():
+        with_adapter: Any = adapted(ids).logits
+        with adapted.disable_adapter():
+            without: Any = adapted(ids).logits
+    assert float((with_adapter - without).abs().max()) > 0.1
 
 
 @pytest.mark.slow
