@@ -46,7 +46,7 @@ class Head:
 
         hidden = hidden.to(self.causal.get_output_embeddings().weight.dtype)
         own = self.inner.__dict__.get("forward")
-        self.inner.forward = lambda **_: BaseModelOutputWithPast(last_hidden_state=hidden[None])  # pyright: ignore[reportArgumentType]
+        self.inner.forward = lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=hidden[None])  # pyright: ignore[reportArgumentType]
         try:
             return self.causal(inputs_embeds=hidden[None], use_cache=False).logits[0]
         finally:

@@ -22,13 +22,13 @@ from slmops.training.step.pairs import Adapted
 def forward(layer: Adapted, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return y (tokens, outputs) and h = s x A' (tokens, ranks) of x (tokens, inputs)."""
     y = functional.linear(x, layer.weight, layer.bias)
-    if layer.down is None:
+    if layer.down_turned is None:
         return y, None
-    h = x @ layer.down.t()
+    h = x.mm(layer.down_turned)
     if len(layer.widths) == 1:
-        return y.addmm_(h, layer.pairs[0].up.t()), h
+        return y.addmm_(h, layer.pairs[0].up_turned), h
     for pair in layer.pairs:
-        y[:, pair.outputs].addmm_(h[:, pair.ranks], pair.up.t())
+        y[:, pair.outputs].addmm_(h[:, pair.ranks], pair.up_turned)
     return y, h
 
 

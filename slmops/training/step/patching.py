@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slmops.training.step.attention import LONGEST_BY_HAND
+from slmops.training.step.attention import LONGEST_BY_HAND, WINDOWS
 from slmops.training.step.block import AdaptedAttention
 from slmops.training.step.lora import AdaptedLinear, AdaptedMLP, stacked, tick_of
 from slmops.training.step.norms import FrozenRMSNorm
@@ -219,7 +219,7 @@ def _attention_of(module: Any, qkv: Adapted, out: Adapted) -> Callable[..., Any]
     if not isinstance(width, int) or config is None or children - {*_QKV, _OUT} or len(qkv.widths) != 3 or qkv.widths[1] != qkv.widths[2]:
         return None
     heads = (qkv.widths[0] // width, qkv.widths[1] // width)
-    scale, window = getattr(module, "scaling", width**-0.5), getattr(module, "sliding_window", None)
+    scale, windows = getattr(module, "scaling", width**-0.5), []
     own = module.forward
 
     def forward(hidden_states: torch.Tensor, position_embeddings: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -229,22 +229,27 @@ def _attention_of(module: Any, qkv: Adapted, out: Adapted) -> Callable[..., Any]
             return own(hidden_states, position_embeddings, *args, **kwargs)
         places = slice(rows.longest_start, rows.longest_start + rows.longest)
         cosines, sines = (x[0, places].float() for x in position_embeddings)
+        window = windows[0] if windows else None
         seen = window if window is not None and window < rows.longest else None
         z = AdaptedAttention.apply(hidden_states, tick_of(qkv, out), cosines, sines, rows, qkv, out, heads, scale, seen)
         return z, None
 
-    return forward if _same_attention(own, forward, qkv.weight, width) else None
+    return forward if _same_attention(own, forward, qkv.weight, width, windows) else None
 
 
 @torch.no_grad()
-def _same_attention(own: Callable[..., Any], forward: Callable[..., Any], like: torch.Tensor, width: int) -> bool:
+def _same_attention(
+    own: Callable[..., Any], forward: Callable[..., Any], like: torch.Tensor, width: int, windows: list[int | None]
+) -> bool:
+    """Tell whether a forward gives what an attention layer's own gives, and find the window that it uses."""
     generator = torch.Generator().manual_seed(0)
     rows = Rows([7, 4]).to(like.device)
     x = torch.randn(1, rows.tokens, like.shape[1], generator=generator).to(like.device)
     angles = rows.positions()[:, None] * torch.rand(width // 2, generator=generator)
     turns = tuple(t(torch.cat([angles, angles], dim=-1))[None].to(like.device) for t in (torch.cos, torch.sin))
     try:
-        return _close(own(x, turns, None, **{KEY: rows})[0], forward(x, turns, None, **{KEY: rows})[0], like.dtype)
+        expected = own(x, turns, None, **{KEY: rows, WINDOWS: windows})[0]
+        return _close(expected, forward(x, turns, None, **{KEY: rows})[0], like.dtype)
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
 
