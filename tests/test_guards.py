@@ -42,7 +42,17 @@ HEAVY = {
     "tokenizers", "safetensors", "pyarrow", "jinja2", "rich", "psutil", "yaml", "bitsandbytes", "trl", "optuna",
 }  # fmt: skip
 # Classes that subclass a library's need it when the module is read; nothing imports these modules before they are needed.
-HEAVY_ALLOWED = {"training/trainer.py": {"transformers", "torch"}, "graph/builder_process.py": {"torch", "transformers", "onnx_ir"}}
+HEAVY_ALLOWED = {
+    "training/trainer.py": {"transformers", "torch"},
+    "training/resuming.py": {"transformers", "torch"},
+    "training/watching.py": {"transformers"},
+    "training/methods/allocation.py": {"transformers", "torch"},
+    "runtime/prompts.py": {"peft", "torch"},
+    "runtime/native/biases.py": {"torch"},
+    "runtime/native/bottleneck.py": {"torch"},
+    "runtime/native/representation.py": {"torch"},
+    "graph/builder_process.py": {"torch", "transformers", "onnx_ir"},
+}
 SETTINGS = [value for name, value in vars(config).items() if name.endswith("Settings") and name != "Settings" and isinstance(value, type)]
 HELPS = [["--help"], *([name, "--help"] for name in COMMANDS), *(["data", name, "--help"] for name in DATA_COMMANDS)]
 

@@ -503,7 +503,9 @@ def test_optimizer_steps_of_an_epoch(tmp_path: Path, rows: int, accumulation: in
     settings = load(FinetuneSettings, None, gradient_accumulation=accumulation, epochs=epochs)
     arguments, found = training_arguments(settings, tmp_path, rows, 1, True)
     assert (found, arguments.max_steps) == (steps, steps)
-    assert arguments.eval_steps == arguments.save_steps == math.ceil(steps / 4)
+    assert arguments.eval_steps == math.ceil(steps / 4)
+    # A run of a few steps is over sooner than its checkpoint would be of use.
+    assert (str(arguments.save_strategy.value), arguments.save_steps) == (("steps", 4) if steps == 13 else ("no", steps))
 
 
 def test_the_curve_is_data_and_a_picture(tmp_path: Path) -> None:

@@ -55,16 +55,25 @@ def prepare(data: str, call: Call) -> Any:
         r"slmops finetune MODEL train.csv -o runs/intent --prompt-template '{text}\nIntent:' --completion-template ' {intent}'",
         "slmops finetune MODEL train.jsonl -o runs/adapter --config finetune.yaml --lora-rank 32",
         "slmops finetune MODEL train.jsonl -o runs/adapter --quantized-base runs/model-int4",
+        "slmops finetune MODEL train.jsonl -o runs/adapter --evaluations 20 --patience 3 --report-to tensorboard",
+        "slmops finetune MODEL train.jsonl -o runs/adapter --processes 2",
+        "slmops finetune MODEL train.jsonl -o runs/adapter --resume",
+        "slmops finetune MODEL train.jsonl -o runs/model --method full",
+        "slmops finetune MODEL train.jsonl -o runs/prompt --method prompt --virtual-tokens 32",
     ),
 )
 @click.argument("model")
 @click.argument("data")
 def finetune(model: str, data: str, call: Call) -> Any:
-    r"""Train an adapter.
+    r"""Train an adapter, or the whole model.
 
     MODEL is a Hugging Face folder or hub id. DATA is a .jsonl, .json, .csv, .parquet or .txt file, a folder of them, or
     a dataset id; its format is found by its columns (prompt and completion, alpaca, chat messages, text) unless
     templates are given. In a template, {field} takes a column, {{ and }} are braces, \n, \t and \\ are decoded.
+
+    --method says what is trained: lora unless told otherwise, full for the whole model. Each method has settings of its own,
+    and another's are refused; docs/methods.md has what each learned, at what price. Which of merge, pack and export are
+    open to what it makes stands in the result, and `slmops show` prints it.
 
     With --quantized-base the frozen base is an export of MODEL, dequantized: the weights that the device will have. The
     adapter belongs to them from then on; evaluate and bench load it on them.

@@ -1,7 +1,7 @@
 """From a model and a data file to an adapter: what does `slmops finetune` do, step by step?
 
-Out comes a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`) with the best validation loss of the run,
-beside it the base's tokenizer, the validation rows, the loss curve, and the manifest with the interface: templates and
+Out comes the adapter's folder (`adapter_config.json`, `adapter_model.safetensors`), or with `--method full` a model's, of the lowest
+validation loss of the run, beside it the base's tokenizer, the validation rows, the loss curve, and the manifest with the interface: templates and
 stop token, which every later step takes from there.
 """
 
@@ -21,8 +21,11 @@ from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.errors import InvalidInput, RunFailed
 from slmops.runtime import quantized_base
 from slmops.runtime.quantized_base import QuantizedBase
-from slmops.training import checkpoints, engines, methods
+from slmops.training import checkpoints, engines, launching, methods, processes, usage
 from slmops.training.engines import Run
+from slmops.training.overfitting import find_turn
+from slmops.training.processes import Team
+from slmops.training.tracking import require_trackers
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,12 @@ class Material:
 
 
 def finetune(model: str | Path, data: str | Path, *, out: str | Path, config: Any = None, **overrides: Any) -> Artifact:
-    """Fine-tune a model with an adapter.
+    """Fine-tune a model: train an adapter, or with `method="full"` the model itself.
 
     Args:
         model: a Hugging Face folder, or an artefact of kind "model".
         data: rows (`slmops.data.read_rows`), or a prepared dataset.
-        out: the adapter folder to write.
+        out: the folder to write, of an adapter or a model.
         config: YAML file or mapping of `FinetuneSettings`.
         overrides: single settings, such as `learning_rate=1e-3`.
 
@@ -55,18 +58,57 @@ def finetune(model: str | Path, data: str | Path, *, out: str | Path, config: An
     """
     settings = load(FinetuneSettings, config, **overrides)
     out, run = Path(out), settings.run
+    methods.refuse_foreign(settings.method)
     artifact.refuse_occupied(out, force=run.force)
+    check_run(settings)
+    team = processes.find_team(run.processes)
+    if run.processes > 1 and team.size == 1:
+        return launching.launch(model, data, out, settings)
     base = resolve_base(model)
     methods.refuse_unsupported(base)
     package = methods.find_quantized_base(base, settings.method)
-    identity = checkpoints.identity(base, data, settings, package.sha256 if package else None)
-    checkpoints.prepare(artifact.partial_folder(out), identity, resume=run.resume)
-    with artifact.create(out, kind="adapter", command="finetune", config=flat(settings), force=run.force, keep=checkpoints.ANY) as draft:
+    identity = checkpoints.identity(base, data, settings, package.sha256 if package else None) | {"processes": team.size}
+    if team.leads or run.resume:
+        checkpoints.prepare(artifact.partial_folder(out), identity, resume=run.resume)
+    kept = methods.without_foreign(settings.method, flat(settings))
+    details: dict[str, Any] = {
+        "kind": "model" if settings.method.method == "full" else "adapter",
+        "command": "finetune",
+        "config": kept,
+        "force": run.force,
+    }
+    with processes.shared_draft(team, out, keep=checkpoints.ANY, **details) as draft:
         material = prepare(base, data, settings, draft, package)
-        checkpoints.begin(draft.folder, identity)
-        trained = train(base, material, settings, draft)
-        finish(draft, base, data, material, trained, settings)
-    return draft.done()
+        if team.leads:
+            checkpoints.begin(draft.folder, identity)
+        trained = train(base, material, settings, draft, team)
+        if team.leads:
+            finish(draft, base, data, material, trained, settings)
+            draft.facts |= {"processes": team.size}
+            checkpoints.remove(draft.folder)
+    made = processes.written(team, draft)
+    team.part()
+    return made
+
+
+def check_run(settings: FinetuneSettings) -> None:
+    """Refuse, before anything is loaded, what would be found out late.
+
+    Raises:
+        InvalidInput: settings that contradict each other.
+        Unavailable: the library of a tracker is missing.
+    """
+    run, engine = settings.run, settings.method.engine
+    require_trackers(run.report_to or [])
+    if run.patience is not None and run.patience >= run.evaluations:
+        raise InvalidInput(
+            f"patience {run.patience} is never reached: validation is measured {run.evaluations} times in the run",
+            f"--evaluations {5 * run.patience}, or less patience",
+        )
+    given = {"patience": run.patience, "checkpoints": run.checkpoints, "checkpoint_steps": run.checkpoint_steps, "report_to": run.report_to}
+    lacking = [name for name, value in (*given.items(), ("processes", run.processes > 1)) if value]
+    if engine == "olive" and lacking:
+        raise InvalidInput(f"engine olive: Olive's pass has no {', '.join(lacking)}", "leave it out, or use --engine peft")
 
 
 def resolve_base(model: str | Path) -> Path:
@@ -97,6 +139,7 @@ def prepare(base: Path, data: str | Path, settings: FinetuneSettings, draft: Dra
         stop_token=given.stop_token,
         max_length_tokens=given.max_length_tokens,
     )
+    interface = methods.leave_room(interface, base, settings.method)
     progress.say(f"stop token: {interface.stop_reason}")
     asked = {"prompt_template": interface.prompt_template, "completion_template": interface.completion_template}
     if validation is None:
@@ -111,12 +154,18 @@ def prepare(base: Path, data: str | Path, settings: FinetuneSettings, draft: Dra
     return Material(package, interface, train, held_out, validation)
 
 
-def train(base: Path, material: Material, settings: FinetuneSettings, draft: Draft) -> Run:
+def train(base: Path, material: Material, settings: FinetuneSettings, draft: Draft, team: Team) -> Run:
     """Train the adapter with the engine asked for; it lies in the draft's folder afterwards."""
     if settings.method.engine == "olive":
-        draft.warn("engine olive keeps the last adapter of the run, not the one of the lowest validation loss")
+        draft.warn(f"engine olive: {'; '.join(engines.OLIVE_DIFFERS)}")
         return engines.train_with_olive(base, material.train, material.validation, settings, draft.folder)
-    return engines.train_with_peft(base, material.train, material.validation, settings, draft.folder, material.package)
+    if settings.run.patience is not None and not material.validation_rows:
+        raise InvalidInput(
+            "patience: there are no validation rows to see by whether the run still learns", "give --validation, or leave it out"
+        )
+    return engines.train_with_peft(
+        base, material.train, material.validation, settings, draft.folder, material.package, out=draft.out, team=team
+    )
 
 
 def finish(draft: Draft, base: Path, data: str | Path, material: Material, trained: Run, settings: FinetuneSettings) -> None:
@@ -126,6 +175,8 @@ def finish(draft: Draft, base: Path, data: str | Path, material: Material, train
     if not math.isfinite(trained.train_loss):
         raise RunFailed(f"training diverged: the loss ended at {trained.train_loss}", "lower --learning-rate, or check the data")
     write_curve(draft.folder, trained.history)
+    if draft.kind == "model":
+        methods.write_stops(draft.folder, material.interface.stop_token_ids)
     copy_tokenizer(base, draft.folder)
     with (draft.folder / "validation.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in material.validation_rows)
@@ -148,8 +199,23 @@ def finish(draft: Draft, base: Path, data: str | Path, material: Material, train
         "peak_memory_bytes": trained.peak_memory_bytes,
         "trainable_parameters": trained.trainable_parameters,
         "stop_reason": material.interface.stop_reason,
+        "roads": methods.find_roads(draft.folder, base, settings.method),
         **({quantized_base.ROLE: package.facts} if package is not None else {}),
+        **({"differs_from_peft": list(engines.OLIVE_DIFFERS)} if settings.method.engine == "olive" else {}),
+        **told_by_history(draft, trained, engines.total_steps(settings, corpus.rows)),
     }
+
+
+def told_by_history(draft: Draft, trained: Run, steps: int) -> dict[str, Any]:
+    """Return what the history shows beside the losses: use of the machine, overfitting (a warning too), an early end."""
+    found: dict[str, Any] = {"usage": usage.summary(trained.history)}
+    turn = find_turn(trained.history)
+    if turn is not None:
+        draft.warn(f"{turn}; the adapter of step {turn.step} is kept")
+        found["overfitting"] = turn.document()
+    if trained.steps < steps:
+        found["ended_early"] = {"step": trained.steps, "of": steps}
+    return found
 
 
 def _download(name: str) -> Path:

@@ -154,7 +154,7 @@ def _pair_of(module: Any, outputs: slice) -> Pair | None | bool:
     down, up, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
     plain = type(down) is nn.Linear and type(up) is nn.Linear and down.bias is None and up.bias is None
     drops = not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0
-    trained = down.weight.requires_grad and up.weight.requires_grad
+    trained = plain and down.weight.requires_grad and up.weight.requires_grad  # AdaLoRA's A and B are parameters themselves
     if not plain or drops or not trained or name in getattr(module, "lora_variant", {}):
         return False
     return Pair(down.weight, up.weight, float(module.scaling[name]), outputs)

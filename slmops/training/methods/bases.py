@@ -1,4 +1,4 @@
-"""What is trained, and what stays frozen? Loads the base and puts the method's adapter on it (PEFT)."""
+"""Which weights are under the adapter? The model's own, in float or in nf4, or those of an export or package."""
 
 from __future__ import annotations
 
@@ -15,17 +15,8 @@ from slmops.runtime.quantized_base import QuantizedBase
 if TYPE_CHECKING:
     from torch import nn
 
-# Peak learning rate of LoRA by the base's parameters. Small bases need larger steps: 1e-3 is what 3 M to 50 M learn
-# SNIPS with, 2e-4 is the LoRA default of TRL and of "LoRA Without Regret" (Thinking Machines, 2025) near 1 B.
-_LEARNING_RATES = ((50e6, 1e-3), (500e6, 5e-4), (float("inf"), 2e-4))
 
-
-def default_learning_rate(parameters: int) -> float:
-    """Return the peak learning rate for a base of so many parameters."""
-    return next(rate for bound, rate in _LEARNING_RATES if parameters <= bound)
-
-
-def load_base(folder: Path, *, quantized: bool, precision: str, package: QuantizedBase | None = None) -> nn.Module:
+def load_base(folder: Path, *, quantized: bool, precision: str, package: QuantizedBase | None = None, trained: bool = False) -> nn.Module:
     """Load the base model as the method wants it.
 
     Args:
@@ -33,11 +24,12 @@ def load_base(folder: Path, *, quantized: bool, precision: str, package: Quantiz
         quantized: hold the linear layers in nf4.
         precision: "auto" (bf16 on a GPU; fp32 on a CPU, and for a package's weights, which bf16 would round), "fp32" or "bf16".
         package: take its dequantized weights in place of the folder's.
+        trained: some of its own weights are trained: "auto" is fp32 then, in which small steps are not lost.
     """
     torch = environment.require("torch", "to train")
     if package is not None:
         return quantized_base.load_dequantized(folder, package, precision="fp32" if precision == "auto" else precision)
-    chosen = precision if precision != "auto" else "bf16" if torch.cuda.is_available() else "fp32"
+    chosen = precision if precision != "auto" else "bf16" if torch.cuda.is_available() and not trained else "fp32"
     return hugging_face.load_model(folder, precision=chosen, nf4=quantized)
 
 
@@ -62,37 +54,6 @@ def find_quantized_base(base: Path, settings: MethodSettings) -> QuantizedBase |
             "use --engine peft",
         )
     return quantized_base.find_quantized_base(settings.quantized_base, base)
-
-
-def attach_adapter(model: nn.Module, settings: MethodSettings) -> nn.Module:
-    """Freeze the base and add the method's trainable weights.
-
-    Raises:
-        InvalidInput: a name in `target_modules` is no linear layer of this model.
-    """
-    peft = environment.require("peft", "to train an adapter")
-    if settings.method == "qlora":
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    targets = settings.target_modules
-    if targets is not None:
-        refuse_unknown_targets(model, targets)
-    config = peft.LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha or 2 * settings.lora_rank,
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets if targets is not None else "all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return peft.get_peft_model(model, config)
-
-
-def refuse_unknown_targets(model: nn.Module, targets: list[str]) -> None:
-    """Raise InvalidInput when a target names no linear layer (PEFT stays silent when another of the list matches)."""
-    # GPT-2's linear layers are transformers' Conv1D, which names its inputs `nx`.
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "in_features") or hasattr(module, "nx")}
-    unknown = [name for name in targets if name.rsplit(".", 1)[-1] not in linear]
-    if unknown:
-        raise InvalidInput(f"target_modules: this model has no linear layer {', '.join(unknown)}", f"it has {', '.join(sorted(linear))}")
 
 
 def refuse_unsupported(folder: Path) -> None:
