@@ -8,7 +8,7 @@ from slmops import environment
 _BESIDE = ("lora", "rslora", "dora")
 
 
-def choose_precision(asked: str, method: str, *, exact_base: bool) -> str:
+def choose_precision(asked: str, method: str, *, exact_base: bool, trains_base: bool) -> str:
     """Return "fp32" or "bf16".
 
     In bf16 a product takes half the time where the processor has instructions for it (AVX512-BF16 or AMX: 410 against 188
@@ -18,11 +18,12 @@ def choose_precision(asked: str, method: str, *, exact_base: bool) -> str:
         asked: "auto", "fp32" or "bf16".
         method: of the fine-tune.
         exact_base: the base's weights must stay as they are (`--quantized-base`): bf16 would round them.
+        trains_base: some of its weights are trained: bf16 would lose small steps.
     """
     if asked != "auto":
         return asked
     torch = environment.require("torch", "to train")
-    if exact_base:
+    if exact_base or trains_base:
         return "fp32"
     if torch.cuda.is_available():
         return "bf16"

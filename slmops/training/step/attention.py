@@ -83,7 +83,7 @@ class _RowAttention(torch.autograd.Function):
         key_heads, width = q.shape[0] // len(rows.lengths), q.shape[-1]
         incoming = _stacked(rows.gradient_to_lines(gradients[0].reshape(rows.tokens, heads * width)), key_heads, width)
         of_value = torch.bmm(probabilities.transpose(1, 2), incoming)
-        of_scores = torch._softmax_backward_data(torch.bmm(incoming, v.transpose(1, 2)), probabilities, -1, q.dtype)
+        of_scores = torch.ops.aten._softmax_backward_data(torch.bmm(incoming, v.transpose(1, 2)), probabilities, -1, q.dtype)
         of_query = torch.bmm(of_scores, k).mul_(scale)
         of_key = torch.bmm(of_scores.transpose(1, 2), q).mul_(scale)
         count = len(rows.lengths)

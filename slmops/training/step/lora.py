@@ -90,15 +90,16 @@ class AdaptedMLP(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1]).to(gate_up.weight.dtype)
         both, h = forward(gate_up, flat)
         gate, up = both.split(gate_up.widths, dim=-1)
-        inner = functional.silu(gate).mul_(up)
+        active = functional.silu(gate)
+        inner = active * up
         y, h_down = forward(down, inner)
-        ctx.save_for_backward(flat, both, h, inner, h_down)
+        ctx.save_for_backward(flat, both, h, active, inner, h_down)
         ctx.layers, ctx.shape, ctx.dtype = (gate_up, down), x.shape, x.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, both, h, inner, h_down = ctx.saved_tensors
+        x, both, h, active, inner, h_down = ctx.saved_tensors
         gate_up, down = ctx.layers
         dy = gradients[0].reshape(len(x), -1).to(x.dtype)
         of_inner = backward(down, inner, h_down, dy, needs_x=True)
@@ -106,7 +107,7 @@ class AdaptedMLP(torch.autograd.Function):
         gate, up = both.split(gate_up.widths, dim=-1)
         of_both = torch.empty_like(both)
         of_gate, of_up = of_both.split(gate_up.widths, dim=-1)
-        torch.mul(of_inner, functional.silu(gate), out=of_up)
+        torch.mul(of_inner, active, out=of_up)
         torch.ops.aten.silu_backward.grad_input(of_inner.mul_(up), gate, grad_input=of_gate)
         dx = backward(gate_up, x, h, of_both, needs_x=ctx.needs_input_grad[0])
         return dx.view(ctx.shape).to(ctx.dtype) if dx is not None else None, of_tick(gate_up, down), None, None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -157,7 +157,8 @@ def _pair_of(module: Any, outputs: slice) -> Pair | None | bool:
     trained = plain and down.weight.requires_grad and up.weight.requires_grad  # AdaLoRA's A and B are parameters themselves
     if not plain or drops or not trained or name in getattr(module, "lora_variant", {}):
         return False
-    return Pair(down.weight, up.weight, float(module.scaling[name]), outputs)
+    a, b = cast(nn.Parameter, down.weight), cast(nn.Parameter, up.weight)
+    return Pair(a, b, float(module.scaling[name]), outputs)
 
 
 def _alone(layer: Adapted) -> Callable[..., torch.Tensor]:
@@ -172,7 +173,8 @@ def _replace_together(modules: list[nn.Module], layer: Adapted) -> None:
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if waiting.get("input") is not x or place not in waiting:
                 waiting.clear()
-                waiting.update(enumerate(AdaptedLinear.apply(x, tick_of(layer), layer)), input=x)
+                waiting.update(enumerate(AdaptedLinear.apply(x, tick_of(layer), layer)))  # type: ignore[arg-type]
+                waiting["input"] = x
             answer = waiting.pop(place)
             if len(waiting) == 1:
                 waiting.clear()  # all have been asked for: hold nothing
