@@ -204,7 +204,7 @@ from pathlib import Path
 class Killer(Told):
     def advance(self, steps=1, **fields):
         self.steps += "tokens_per_second" in fields
-        if self.steps == self.at:
+        if self.at and self.steps == self.at:
             os.kill(os.getpid(), signal.SIGKILL)
 
 base, rows, out, at, resume = sys.argv[1:]
