@@ -10,7 +10,7 @@ The products are in the frozen weights' precision, fp32 or bf16; A, B and the su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,24 @@ class AdaptedMLP(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(of_inner.mul_(up), gate, grad_input=of_gate)
         dx = backward(gate_up, x, h, of_both, needs_x=ctx.needs_input_grad[0])
         return dx.view(ctx.shape).to(ctx.dtype) if dx is not None else None, of_tick(gate_up, down), None, None
+
+
+class Focus:
+    """Positions that the loss looks at: the last MLP computes no others, for nothing reads them."""
+
+    positions: torch.Tensor | None = None
+    """(positions), each once; None: all are needed."""
+
+    def of(self, mlp: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return an MLP, x (1, tokens, width) -> (1, tokens, width), that is 0 wherever nobody looks."""
+
+        def focused(x: torch.Tensor) -> torch.Tensor:
+            if self.positions is None:
+                return mlp(x)
+            few = mlp(x.index_select(1, self.positions))
+            return few.new_zeros(x.shape).index_copy(1, self.positions, few)
+
+        return focused
 
 
 def stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:

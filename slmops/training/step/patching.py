@@ -15,7 +15,7 @@ from torch import nn
 
 from slmops.training.step.attention import LONGEST_BY_HAND, WINDOWS
 from slmops.training.step.block import AdaptedAttention
-from slmops.training.step.lora import AdaptedLinear, AdaptedMLP, stacked, tick_of
+from slmops.training.step.lora import AdaptedLinear, AdaptedMLP, Focus, stacked, tick_of
 from slmops.training.step.norms import FrozenRMSNorm
 from slmops.training.step.pairs import Adapted, Pair, PairStore
 from slmops.training.step.rows import KEY, Rows
@@ -34,6 +34,8 @@ class Patched:
     """All LoRA pairs that are; None where there is none."""
     attentions: list[tuple[nn.Module, Adapted, Adapted]] = field(default_factory=list)
     """Attention layers whose projections could be one block with their attention: the layer, q, k and v, and the output."""
+    focus: Focus = field(default_factory=Focus)
+    """Of the last MLP."""
     kinds: dict[str, int] = field(default_factory=dict)
     """How many parts of each kind."""
     left: list[str] = field(default_factory=list)
@@ -73,6 +75,9 @@ def speed_up(model: nn.Module) -> Patched:
         patched.store.begin()
     for module, names, last, first, second in read:
         _replace(patched, module, names, last, first, second)
+    mlps = [module for module, names, *_ in read if names == _GATED]
+    if mlps and patched.kinds.get("mlps") == len(mlps):
+        mlps[-1].forward = patched.focus.of(mlps[-1].forward)  # type: ignore[method-assign]
     return patched
 
 

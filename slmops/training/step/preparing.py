@@ -91,7 +91,7 @@ def _try_joined(
     hook = _widen(causal)
     causal.config._attn_implementation = KEY
     multiple = _MULTIPLE if causal.get_input_embeddings().weight.dtype != torch.float32 and causal.device.type == "cpu" else 1
-    layout = Joined(causal, multiple)
+    layout = Joined(causal, multiple, patched.focus)
     try:
         patching.fuse_attention(patched)
         distance = _distance(layout, causal, trial, expected)
