@@ -22,13 +22,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slmops.runtime.hugging_face import parameter_count
 from slmops.training.methods import METHODS
 
 HEADER = (
     "| method | learning rate | trainable | loop s | peak MB | exact match | merge | pack | export |\n"
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
-_REFUSED = {"merge": 3, "pack": 3, "export": 3}
+_ROADS = ("merge", "pack", "export")
+_REFUSED = 3  # exit code
+_ROUNDING = 0.002  # a near-tie of 700 answers
 
 
 @dataclass
@@ -54,7 +57,7 @@ class Row:
             f"{self.peak_bytes / 1e6:.0f}" if self.peak_bytes else "",
             f"{self.exact_match:.4f}",
         ]
-        return "| " + " | ".join([self.method, *figures, *(self.roads.get(name, "") for name in _REFUSED)]) + " |"
+        return "| " + " | ".join([self.method, *figures, *(self.roads.get(name, "") for name in _ROADS)]) + " |"
 
 
 def main() -> int:
@@ -80,7 +83,7 @@ def _row(options: argparse.Namespace, name: str, base: float) -> Row:
         _slmops("finetune", options.model, options.train, "-o", out, "--method", name, *limit, *rate, *_templates(options))
     manifest = json.loads((out / "slmops.json").read_text())
     facts = manifest["facts"]
-    total = sum(record["bytes"] for file, record in _manifest_files(options.model)) / 4
+    total = parameter_count(options.model)
     rates = [
         point["learning_rate"] for point in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if "learning_rate" in point
     ]
@@ -94,42 +97,51 @@ def _row(options: argparse.Namespace, name: str, base: float) -> Row:
     )
     if row.exact_match < base + options.least_gain:
         row.problems.append(f"exact match {row.exact_match:.4f}, and the base has {base:.4f}")
-    for road in _REFUSED if options.roads else ():
+    for road in _ROADS if options.roads else ():
         row.roads[road] = _walk(options, out, road, facts["roads"][road], row)
     return row
 
 
 def _walk(options: argparse.Namespace, out: Path, road: str, said: str, row: Row) -> str:
     """Take an artefact down a road; say what came of it in a cell, and note where that is not what its manifest says."""
-    merged, package = out.with_name(f"{out.name}.merged"), out.with_name(f"{out.name}.{road}.{options.precision}")
+    merged = out.with_name(f"{out.name}.merged")
     adapter = json.loads((out / "slmops.json").read_text())["kind"] == "adapter"
     packed = ("pack", options.model, "--adapter", f"it={out}") if adapter else ("pack", out)
     words = {"merge": ("merge", out), "pack": packed, "export": ("export", out)}[road]
-    target = merged if road == "merge" else package
-    flags = () if road == "merge" else ("--precision", options.precision)
     if said.startswith("refused") or (road == "pack" and said.startswith("merged")):
-        document = _slmops(*words, "-o", target, *flags, expected=None)
+        document = _slmops(*words, "-o", out.with_name(f"{out.name}.refused"), expected=None)
         code = document["error"]["exit_code"] if not document["ok"] else 0
-        if code != (_REFUSED[road] if adapter else 4):
+        if code != (_REFUSED if adapter else 4):
             row.problems.append(f"{road}: the manifest says {said!r}, and the exit code is {code}")
         return "in a package of its own" if road == "pack" and said.startswith("merged") else f"refused (exit {code})"
-    if not (target / "slmops.json").is_file():
-        _slmops(*words, "-o", target, *flags, "--force")
     if road == "merge":
+        _make(merged, words)
         found = _exact_match(options, merged, merged)
-        if abs(found - row.exact_match) > 0.002:
+        if abs(found - row.exact_match) > _ROUNDING:
             row.problems.append(f"merged: exact match {found:.4f}, and {row.exact_match:.4f} before")
         return f"exact, {found:.4f}"
-    data = f"it={options.test}" if road == "pack" and adapter else str(options.test)
-    asked = ("--data", data, "--max-rows", str(options.verify_rows), "--metric", "exact_match")
-    if road == "pack" and not adapter:
-        asked = (*asked,)
-    document = _slmops("verify", target, *asked, expected=None)
-    if not document.get("passed"):
-        stages = {stage["name"]: stage.get("text") for stage in document.get("stages", ())}
-        row.problems.append(f"{road}: verify fails at {document.get('failed_stage')}: {stages.get(document.get('failed_stage'), document)}")
-        return f"verify fails: {document.get('failed_stage')}"
-    return "verify passes"
+    return _proven(options, out, road, words, row)
+
+
+def _proven(options: argparse.Namespace, out: Path, road: str, words: tuple[object, ...], row: Row) -> str:
+    """Make a package in one precision after the other until `verify` proves one; a fine-tune that int4 costs too much may need int8."""
+    cells = []
+    for precision in options.precision:
+        package = out.with_name(f"{out.name}.{road}.{precision}")
+        _make(package, (*words, "--precision", precision))
+        data = f"it={options.test}" if "--adapter" in words else str(options.test)
+        document = _slmops("verify", package, "--data", data, "--max-rows", options.verify_rows, "--metric", "exact_match", expected=None)
+        if document.get("passed"):
+            return "; ".join([*cells, f"{precision}: verify passes"])
+        failed = next((stage for stage in document.get("stages", ()) if stage["name"] == document["failed_stage"]), {})
+        cells.append(f"{precision}: {document.get('failed_stage')} not met ({str(failed.get('explanation', '')).partition(': ')[0]})")
+    row.problems.append(f"{road}: {'; '.join(cells)}")
+    return "; ".join(cells)
+
+
+def _make(target: Path, words: tuple[object, ...]) -> None:
+    if not (target / "slmops.json").is_file():
+        _slmops(*words, "-o", target, "--force")
 
 
 def _exact_match(options: argparse.Namespace, subject: Path, place: Path) -> float:
@@ -157,10 +169,6 @@ def _templates(options: argparse.Namespace) -> list[str]:
     return [word for flag, value in pairs if value for word in (flag, value)]
 
 
-def _manifest_files(model: Path) -> list[tuple[str, dict[str, int]]]:
-    return [(file.name, {"bytes": file.stat().st_size}) for file in model.glob("*.safetensors")]
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model", type=Path)
@@ -172,7 +180,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=None, help="of all methods (default: each method's own)")
-    parser.add_argument("--precision", default="int4")
+    parser.add_argument("--precision", nargs="+", default=["int4", "int8"], help="of the packages, tried in this order until one is proven")
     parser.add_argument("--verify-rows", type=int, default=200)
     parser.add_argument("--least-gain", type=float, default=0.3, help="exact match above the base that each method has to reach")
     parser.add_argument("--no-roads", dest="roads", action="store_false")

@@ -46,6 +46,8 @@ HEAVY_ALLOWED = {
     "training/trainer.py": {"transformers", "torch"},
     "training/resuming.py": {"transformers", "torch"},
     "training/watching.py": {"transformers"},
+    # The step is torch: autograd's functions and annotations of tensors throughout.
+    **{f"training/step/{path.name}": {"torch"} for path in (PACKAGE / "training" / "step").glob("*.py")},
     "training/methods/allocation.py": {"transformers", "torch"},
     "runtime/prompts.py": {"peft", "torch"},
     "runtime/native/biases.py": {"torch"},

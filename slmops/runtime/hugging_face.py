@@ -45,7 +45,10 @@ def load_model(folder: Path, *, precision: str = "fp32", nf4: bool = False, devi
     extra: dict[str, Any] = {}
     if nf4:
         environment.require("bitsandbytes", "for weights in nf4 (qlora)")
-        extra = {"quantization_config": nf4_config(dtype), "device_map": device or (environment.own_gpu() if torch.cuda.is_available() else "cpu")}
+        extra = {
+            "quantization_config": nf4_config(dtype),
+            "device_map": device or (environment.own_gpu() if torch.cuda.is_available() else "cpu"),
+        }
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **extra

@@ -15,6 +15,7 @@ from slmops.errors import InvalidInput, RunFailed
 from slmops.runtime import hugging_face, loading
 from slmops.runtime.quantized_base import QuantizedBase
 from slmops.training import checkpoints, methods, processes
+from slmops.training.precision import choose_precision
 from slmops.training.processes import Team
 from slmops.training.tracking import trackers
 
@@ -126,9 +127,11 @@ def train_with_peft(
 
     environment.require("torch", "to train").set_num_threads(team.threads(settings.run.threads, loading.default_threads(base)))
     transformers.set_seed(settings.run.seed)
-    trained = methods.method_of(settings.method).trains_base
     quantized = settings.method.method == "qlora"
-    model = methods.load_base(base, quantized=quantized, precision=settings.run.precision, package=package, trained=trained)
+    trains_base = methods.method_of(settings.method).trains_base
+    method, exact_base = settings.method.method, package is not None
+    precision = choose_precision(settings.run.precision, method, exact_base=exact_base, trains_base=trains_base)
+    model = methods.load_base(base, quantized=quantized, precision=precision, package=package)
     parameters = sum(p.numel() for p in model.parameters())
     model = methods.attach_adapter(model, settings.method)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

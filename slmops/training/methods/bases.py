@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slmops import environment
 from slmops.config import MethodSettings
 from slmops.errors import BadArtifact, InvalidInput, Unavailable
 from slmops.runtime import hugging_face, quantized_base
@@ -16,21 +15,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def load_base(folder: Path, *, quantized: bool, precision: str, package: QuantizedBase | None = None, trained: bool = False) -> nn.Module:
+def load_base(folder: Path, *, quantized: bool, precision: str, package: QuantizedBase | None = None) -> nn.Module:
     """Load the base model as the method wants it.
 
     Args:
         folder: Hugging Face folder with safetensors.
         quantized: hold the linear layers in nf4.
-        precision: "auto" (bf16 on a GPU; fp32 on a CPU, and for a package's weights, which bf16 would round), "fp32" or "bf16".
+        precision: "fp32" or "bf16" (`slmops.training.precision`).
         package: take its dequantized weights in place of the folder's.
-        trained: some of its own weights are trained: "auto" is fp32 then, in which small steps are not lost.
     """
-    torch = environment.require("torch", "to train")
     if package is not None:
-        return quantized_base.load_dequantized(folder, package, precision="fp32" if precision == "auto" else precision)
-    chosen = precision if precision != "auto" else "bf16" if torch.cuda.is_available() and not trained else "fp32"
-    return hugging_face.load_model(folder, precision=chosen, nf4=quantized)
+        return quantized_base.load_dequantized(folder, package, precision=precision)
+    return hugging_face.load_model(folder, precision=precision, nf4=quantized)
 
 
 def find_quantized_base(base: Path, settings: MethodSettings) -> QuantizedBase | None:
