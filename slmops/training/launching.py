@@ -25,6 +25,8 @@ from slmops.errors import RunFailed, SlmopsError, Unavailable
 _POLL_SECONDS = 0.1
 # A worker that was asked to stop removes what it wrote first.
 _PATIENCE_SECONDS = 10.0
+# What a shell reports of a process that signal 9 ended.
+_KILLED = 137
 _ROOT = Path(__file__).resolve().parents[2]
 _KINDS = {kind.exit_code: kind for kind in (errors.RunFailed, errors.InvalidInput, errors.Unavailable, errors.BadArtifact)}
 
@@ -48,10 +50,10 @@ def launch(model: str | Path, data: str | Path, out: Path, settings: FinetuneSet
         port = _free_port()
         workers = [_start(work, index, count, port, settings.run.threads, gpus) for index in range(count)]
         try:
-            _follow(work, workers)
+            codes = _follow(work, workers)
         finally:
             _end(workers)
-        _raise_failure(work, workers)
+        _raise_failure(work, codes)
     return artifact.load(out)
 
 
@@ -77,8 +79,8 @@ def _start(work: Path, index: int, count: int, port: int, threads: int | None, g
         )
 
 
-def _follow(work: Path, workers: list[subprocess.Popen[bytes]]) -> None:
-    """Show what the first worker does, until all have ended or one has failed."""
+def _follow(work: Path, workers: list[subprocess.Popen[bytes]]) -> list[int | None]:
+    """Show what the first worker does, until all have ended or one has failed; return their exit codes then."""
     replay = Replay()
     place = 0
     while True:
@@ -88,7 +90,7 @@ def _follow(work: Path, workers: list[subprocess.Popen[bytes]]) -> None:
             replay.show(json.loads(line))
         if all(code == 0 for code in codes) or any(code not in (None, 0) for code in codes):
             replay.close()
-            return
+            return codes
         time.sleep(_POLL_SECONDS)
 
 
@@ -144,21 +146,19 @@ def _end(workers: list[subprocess.Popen[bytes]]) -> None:
         worker.wait()
 
 
-def _raise_failure(work: Path, workers: list[subprocess.Popen[bytes]]) -> None:
-    """Raise what went wrong, in the words of the worker that knows: one that lost its partner only says so."""
-    if all(worker.returncode == 0 for worker in workers):
+def _raise_failure(work: Path, codes: list[int | None]) -> None:
+    """Raise what went wrong, in the words of the worker that knows: one that lost its partner says only so, and later."""
+    if not any(codes):
         return
-    results = [work / f"error-{index}.json" for index in range(len(workers))]
-    known = [json.loads(path.read_text(encoding="utf-8")) for path in results if path.is_file()]
-    for problem in sorted(known, key=lambda problem: not problem["foreseen"]):
-        if problem["foreseen"] or all(worker.returncode >= 0 for worker in workers):
-            raise _KINDS.get(problem["exit_code"], RunFailed)(problem["message"], problem["hint"])
-    lost = [index for index, worker in enumerate(workers) if worker.returncode in (-signal.SIGKILL, 137)]
-    log = (work / f"worker-{(lost or [0])[0]}.log").read_text(encoding="utf-8", errors="replace").strip()
+    killed = [index for index, code in enumerate(codes) if code is not None and (code < 0 or code == _KILLED)]
+    files = sorted(work.glob("error-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    known = sorted((json.loads(path.read_text(encoding="utf-8")) for path in files), key=lambda problem: not problem["foreseen"])
+    if known and (known[0]["foreseen"] or not killed):
+        raise _KINDS.get(known[0]["exit_code"], RunFailed)(known[0]["message"], known[0]["hint"])
+    failed = (killed or [index for index, code in enumerate(codes) if code])[0]
+    log = (work / f"worker-{failed}.log").read_text(encoding="utf-8", errors="replace").strip()
     last = log.splitlines()[-1][:300] if log else "it said nothing"
-    raise RunFailed(
-        f"process {(lost or [0])[0]} of {len(workers)} was stopped: {last}", "lack of memory? Use fewer processes or smaller batches"
-    )
+    raise RunFailed(f"process {failed} of {len(codes)} was stopped: {last}", "lack of memory? Use fewer processes or smaller batches")
 
 
 def error_document(error: BaseException) -> dict[str, Any]:

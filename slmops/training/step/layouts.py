@@ -85,7 +85,7 @@ class Joined:
         labels = torch.tensor([label for _, row in rows for label in row[1:]])
         labels = functional.pad(labels, (0, joined.tokens - joined.real), value=IGNORED)
         supervised, others = (labels != IGNORED).nonzero().flatten(), (labels == IGNORED).nonzero().flatten()
-        filled = rounded_up(len(supervised), self.multiple) - len(supervised)
+        filled = rounded_up(max(1, len(supervised)), self.multiple) - len(supervised)  # a process's share may count nothing
         supervised = torch.cat([supervised, others[:filled]])
         tokens = [token for ids, _ in rows for token in ids[:-1]]
         return {
