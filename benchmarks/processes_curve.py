@@ -5,7 +5,8 @@ r"""Do several processes, or accumulated batches, learn what one process learns 
 Four runs with the same rows in each optimizer step: one process; two and three processes by `--processes`, which share every
 batch (three do not divide it); one process that accumulates two half batches. And two processes by `accelerate launch`. All are held against the first, at
 every step: training loss, gradient norm, validation loss. Accumulated half batches are cut from another order of rows (by length), so
-that run is held against one with whole batches of its own order where an epoch is one step. Prints a table, and one JSON line.
+that run is held against one with whole batches of its own order where an epoch is one step. Everything is in fp32: bf16 rounds
+a sum of few rows elsewhere than a sum of many. Prints a table, and one JSON line.
 """
 
 from __future__ import annotations
@@ -49,7 +50,18 @@ def run(command: list[str], options: argparse.Namespace, name: str, batch_size: 
     out = options.work / name
     if not (out / artifact.MANIFEST).is_file():
         words = ["--prompt-template", options.prompt_template, "--completion-template", options.completion_template]
-        words += ["--max-steps", str(options.steps), "--batch-size", str(batch_size), "--quiet", "--threads", "1", *more]
+        words += [
+            "--max-steps",
+            str(options.steps),
+            "--batch-size",
+            str(batch_size),
+            "--quiet",
+            "--threads",
+            "1",
+            "--precision",
+            "fp32",
+            *more,
+        ]
         words += ["--stop-token", options.stop_token] if options.stop_token else []
         done = subprocess.run([*command, "finetune", options.model, options.data, "-o", str(out), *words], capture_output=True, text=True)
         if done.returncode:

@@ -133,7 +133,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(base: Path, rows: Path, out: Path, *more: str) -> list[str]:
     words = ["--prompt-template", PROMPT, "--completion-template", COMPLETION, "--validation", str(rows), "--batch-size", "4"]
-    words += ["--lora-rank", "4", "--learning-rate", "3e-3", "--threads", "1", *more]
+    words += ["--lora-rank", "4", "--learning-rate", "3e-3", "--threads", "1", "--precision", "fp32", *more]
     return ["-m", "slmops", "finetune", str(base), str(rows), "-o", str(out), *words]
 
 

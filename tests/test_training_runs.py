@@ -142,9 +142,9 @@ def test_a_kill_while_the_artefact_is_written_loses_nothing(learned: Path, wrong
 
 def test_the_losses_between_two_logs_are_not_forgotten(base: Path, rows: Path, tmp_path: Path) -> None:
     """Losses are logged every second step here, and the checkpoint is of an odd one."""
-    settings: dict[str, Any] = {"max_steps": 200, "checkpoint_steps": 7, "validation": None, "validation_share": 0}
+    settings: dict[str, Any] = {"max_steps": 200, "checkpoint_steps": 63, "validation": None, "validation_share": 0}
     whole = finetune(base, rows, tmp_path / "whole", **settings)
-    interrupted(10, base, rows, tmp_path / "out", **settings)
+    interrupted(64, base, rows, tmp_path / "out", **settings)
     resumed = finetune(base, rows, tmp_path / "out", resume=True, **settings)
     assert len(losses(whole.path)) == 100
     assert losses(resumed.path) == losses(whole.path)

@@ -115,8 +115,9 @@ def of_step(folder: Path, step: int) -> Path:
 def restore_best(checkpoint: Path | None, best: Path) -> None:
     """Put the best of a checkpoint in its place, or nothing: what lies there may be of a later step, or half written."""
     shutil.rmtree(best, ignore_errors=True)
-    if checkpoint is not None:
-        keep_best(checkpoint / BEST, best)
+    if checkpoint is not None and (checkpoint / BEST).is_dir():
+        # No links here: what a kill left at its final name may be one already, and renaming one link to another does nothing.
+        shutil.copytree(checkpoint / BEST, best, copy_function=shutil.copyfile)
 
 
 def keep_best(best: Path, place: Path) -> None:
