@@ -34,6 +34,7 @@ TESTED = {
     "tokenizers": "0.23.3",
     "torch": "2.13.0",
     "transformers": "5.23.0",
+    "trl": "1.16.0",
 }
 
 # Import name -> (distribution, extra of slmops that brings it).
@@ -56,6 +57,7 @@ PROVIDED_BY = {
     "tokenizers": ("tokenizers", "runtime"),
     "torch": ("torch", "train"),
     "transformers": ("transformers", "train"),
+    "trl": ("trl", "preference"),
 }
 
 # Every variable that a dependency reads to send nothing (STACK: olive, onnxruntime >= 1.29, genai, huggingface_hub).

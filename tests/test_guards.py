@@ -42,7 +42,12 @@ HEAVY = {
     "tokenizers", "safetensors", "pyarrow", "jinja2", "rich", "psutil", "yaml", "bitsandbytes", "trl", "optuna",
 }  # fmt: skip
 # Classes that subclass a library's need it when the module is read; nothing imports these modules before they are needed.
-HEAVY_ALLOWED = {"training/trainer.py": {"transformers", "torch"}, "graph/builder_process.py": {"torch", "transformers", "onnx_ir"}}
+HEAVY_ALLOWED = {
+    "training/trainer.py": {"transformers", "torch"},
+    "training/objectives/own_loss_trainer.py": {"torch"},
+    "training/objectives/trl_trainers.py": {"datasets", "torch", "transformers", "trl"},
+    "graph/builder_process.py": {"torch", "transformers", "onnx_ir"},
+}
 SETTINGS = [value for name, value in vars(config).items() if name.endswith("Settings") and name != "Settings" and isinstance(value, type)]
 HELPS = [["--help"], *([name, "--help"] for name in COMMANDS), *(["data", name, "--help"] for name in DATA_COMMANDS)]
 

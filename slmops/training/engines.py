@@ -16,6 +16,7 @@ from slmops.errors import InvalidInput, RunFailed
 from slmops.runtime import hugging_face, loading
 from slmops.runtime.quantized_base import QuantizedBase
 from slmops.training import checkpoints, methods
+from slmops.training.objectives.material import AS_SFT, Course, Setup
 
 if TYPE_CHECKING:
     from slmops.training.trainer import Row
@@ -86,7 +87,13 @@ def train_with_olive(base: Path, train: Corpus, validation: Corpus, settings: Fi
 
 
 def train_with_peft(
-    base: Path, train: Corpus, validation: Corpus, settings: FinetuneSettings, folder: Path, package: QuantizedBase | None = None
+    base: Path,
+    train: Corpus,
+    validation: Corpus,
+    settings: FinetuneSettings,
+    folder: Path,
+    package: QuantizedBase | None = None,
+    course: Course = AS_SFT,
 ) -> Run:
     """Train with our own trainer (`slmops.training.trainer`); keeps the adapter of the lowest validation loss.
 
@@ -97,20 +104,31 @@ def train_with_peft(
         settings: of the run.
         folder: to write the adapter to.
         package: whose quantized weights take the place of the model's own.
+        course: what the objective does otherwise than sft.
     """
     transformers = hugging_face.quiet_libraries()
     from slmops.training.trainer import SupervisedTrainer, Watcher
 
     environment.require("torch", "to train").set_num_threads(settings.run.threads or loading.default_threads(base))
     transformers.set_seed(settings.run.seed)
-    model = methods.load_base(base, quantized=settings.method.method == "qlora", precision=settings.run.precision, package=package)
-    parameters = sum(p.numel() for p in model.parameters())
-    model = methods.attach_adapter(model, settings.method)
+    if course.model is not None:
+        model, parameters = course.model()
+    else:
+        model = methods.load_base(base, quantized=settings.method.method == "qlora", precision=settings.run.precision, package=package)
+        parameters = sum(p.numel() for p in model.parameters())
+        model = methods.attach_adapter(model, settings.method)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows, held_out = _pairs(train), _pairs(validation)
-    arguments, steps = training_arguments(settings, folder, len(rows), parameters, bool(held_out))
+    arguments, steps = training_arguments(settings, folder, course.rows_per_epoch(train), parameters, bool(validation.rows))
     best = folder / "best.safetensors"
-    trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, lambda m: save_adapter_weights(m, best))
+
+    def keep(adapted: Any) -> None:
+        save_adapter_weights(adapted, best)
+
+    if course.trainer is not None:
+        trainer = course.trainer(Setup(course, train, validation, model, arguments, keep))
+    else:
+        trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, keep, order=course.order)
     trainer.remove_callback(transformers.PrinterCallback)
     checkpoint = checkpoints.latest(folder / checkpoints.FOLDER) if settings.run.resume else None
     if checkpoint is not None:
@@ -119,13 +137,13 @@ def train_with_peft(
         trainer.add_callback(Watcher(task, train.tokens_total / max(1, len(trainer.order))))
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        if held_out and not _evaluated_last(trainer):
+        if validation.rows and not _evaluated_last(trainer):
             trainer.evaluate()
         loop_seconds = time.perf_counter() - started
     write_adapter(trainer.model, best if best.exists() else None, folder)
     return Run(
         train_loss=_last_train_loss(trainer.state.log_history),
-        validation_loss=trainer.best_loss if held_out else None,
+        validation_loss=trainer.best_loss if validation.rows else None,
         loop_seconds=loop_seconds,
         steps=trainer.state.global_step,
         history=trainer.state.log_history,

@@ -69,14 +69,22 @@ class SupervisedTrainer(Trainer):
         validation_rows: the same for validation; may be empty.
         seed: of the order of batches.
         keep: called with the model whenever the validation loss is the lowest so far.
+        order: batches of row numbers (`Batches`, or a `Mixture`); None: every row once an epoch.
     """
 
     def __init__(
-        self, model: nn.Module, args: TrainingArguments, train_rows: list[Row], validation_rows: list[Row], seed: int, keep: Any
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        train_rows: list[Row],
+        validation_rows: list[Row],
+        seed: int,
+        keep: Any,
+        order: Any = None,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=Rows(train_rows), eval_dataset=Rows(validation_rows))  # type: ignore[arg-type]
         self.validation_rows = validation_rows
-        self.order = Batches([len(ids) for ids, _ in train_rows], args.per_device_train_batch_size, seed)
+        self.order = order or Batches([len(ids) for ids, _ in train_rows], args.per_device_train_batch_size, seed)
         self.keep = keep
         self.best_loss = math.inf
         self.keeps_logits = keeps_logits(model)
@@ -101,18 +109,21 @@ class SupervisedTrainer(Trainer):
         return loss * self.accelerator.num_processes
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measure the validation loss, in nats a supervised token; keep the adapter if it is the best so far."""
+        """Measure the validation loss; keep the adapter if it is the best so far."""
         if not self.validation_rows:
             return {}
-        model: Any = self.model
-        loss = validation_loss(model, self.validation_rows, 4 * self.args.per_device_train_batch_size)
-        if loss < self.best_loss:
-            self.best_loss = loss
-            self.keep(model)
-        metrics = {"eval_loss": loss}
+        metrics = self.measure()
+        if metrics["eval_loss"] < self.best_loss:
+            self.best_loss = metrics["eval_loss"]
+            self.keep(self.model)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def measure(self) -> dict[str, float]:
+        """Return the validation loss, in nats a supervised token, as `eval_loss`."""
+        model: Any = self.model
+        return {"eval_loss": validation_loss(model, self.validation_rows, 4 * self.args.per_device_train_batch_size)}
 
 
 def summed_loss(model: nn.Module, batch: dict[str, Any], keeps: bool) -> torch.Tensor:
