@@ -13,6 +13,7 @@ from slmops.config.finetuning import (
 from slmops.config.verbs import (
     BenchSettings,
     DemoSettings,
+    EvaluateMetric,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
@@ -30,6 +31,7 @@ __all__ = [
     "BenchSettings",
     "DataSettings",
     "DemoSettings",
+    "EvaluateMetric",
     "EvaluateSettings",
     "ExportSettings",
     "FinetuneSettings",

@@ -8,6 +8,7 @@ from typing import Any
 
 from slmops.cli.display.figures import NONE, duration, estimate, number, size
 from slmops.cli.display.layout import Page, beside, shell
+from slmops.cli.display.learned import learned, objective, replayed
 
 
 def finetuned(page: Page, document: Mapping[str, Any]) -> None:
@@ -19,20 +20,26 @@ def finetuned(page: Page, document: Mapping[str, Any]) -> None:
     page.facts(
         [
             ("method", _joined(document.get("method"), f"engine {document['engine']}" if document.get("engine") else "")),
+            ("objective", objective(document)),
             ("base", _quantized(document.get("quantized_base"))),
             ("rows", _joined(_counted(document, "rows", "to train on"), _counted(document, "validation_rows", "for validation"))),
             ("tokens", _joined(_counted(tokens, "total", ""), _counted(tokens, "supervised", "supervised"))),
+            ("replay", replayed(document)),
             ("training loss", _metric(document, "train_loss")),
             ("validation loss", _metric(document, "validation_loss")),
+            ("pairs right", _metric(document, "pairwise_accuracy") if document.get("objective") == "reward" else ""),
             ("time", _joined(f"{duration(seconds)} in the loop{speed}" if seconds else "", f"{duration(document.get('seconds'))} in all")),
             ("peak memory", size(document.get("peak_memory_bytes"))),
             ("stop token", document.get("stop_reason")),
             ("loss curve", _existing(out, "loss.png")),
         ]
     )
+    learned(page, document)
     page.warnings(document)
     if out:
-        if document.get("quantized_base"):  # it stays an adapter
+        if document.get("objective") == "reward":  # it gives no text
+            page.next(f"slmops evaluate {shell(out)} PAIRS")
+        elif document.get("quantized_base"):  # it stays an adapter
             page.next(
                 f"slmops evaluate {shell(out)} {shell(str(Path(out) / 'validation.jsonl'))}",
                 f"slmops pack EXPORT --adapter NAME={shell(out)} -o {beside(out, 'package')}",

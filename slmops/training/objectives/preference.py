@@ -113,6 +113,11 @@ def _read(task: Task) -> _Preferences:
         raise InvalidInput(
             f"objective {name}: there are two completions (completion_template)", "give --chosen-template and --rejected-template"
         )
+    if given.prompt_template is not None and objective.chosen_template is None:
+        raise InvalidInput(
+            f"objective {name}: --prompt-template is given without --chosen-template",
+            "give templates for all three: prompt, chosen, rejected",
+        )
     if given.train_on == "all":
         raise InvalidInput(f"objective {name}: a preference is of answers, not of prompts (train_on all)", "leave --train-on out")
     templates = {"chosen_template": objective.chosen_template, "rejected_template": objective.rejected_template}
