@@ -53,6 +53,7 @@ def perplexity(model: Path, data: Path, folder: Path, **settings: Any) -> float:
     return slmops.evaluate(model, data, metric="perplexity", predictions=folder / "p.jsonl", **settings).metrics["perplexity"].value
 
 
+@pytest.mark.slow
 def test_pretraining_lowers_perplexity_and_says_what_evaluate_says(place: Path, tmp_path: Path) -> None:
     made = finetune(
         place, "new.txt", tmp_path / "out", objective="pretrain", validation=place / "new.txt", retain=place / "old.txt", max_steps=12
@@ -142,6 +143,7 @@ def test_replayed_rows_are_counted_and_encoded_as_text(place: Path, share: float
     assert bool(warnings) == (count > len(blocks.sequences))
 
 
+@pytest.mark.slow
 def test_replay_is_trained_on_and_forgets_less(place: Path, tmp_path: Path) -> None:
     settings = {"retain": place / "old.txt", "validation": place / "rows.jsonl", "max_steps": 30, **TEMPLATES}
     alone = finetune(place, "rows.jsonl", tmp_path / "alone", **settings)

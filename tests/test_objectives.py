@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from tiny import COMPLETION, PROMPT, ROWS, TEMPLATES, make_model, write_rows
 
 import slmops
@@ -103,13 +102,13 @@ def test_multitask_learns_each_task_and_measures_each(base: Path, tasks: dict[st
     made = finetune(base, None, tmp_path / "both", objective="multitask", task=tasks, task_temperature=1e9, max_steps=40)
     facts, metrics = made.manifest.facts, made.manifest.metrics
     assert {name: (task["rows"], task["rows_per_epoch"]) for name, task in facts["tasks"].items()} == {"intent": (8, 5), "echo": (2, 5)}
-    own = [metrics[f"validation_loss_{name}"]["value"] for name in tasks]
-    assert metrics["validation_loss"]["value"] == pytest.approx(sum(own) / 2), "the plain mean chooses the best adapter"
-    assert max(own) < 1.5
-    for task in tasks.values():
+    own = {name: metrics[f"validation_loss_{name}"]["value"] for name in tasks}
+    assert metrics["validation_loss"]["value"] == pytest.approx(sum(own.values()) / 2), "the plain mean chooses the best adapter"
+    assert max(own.values()) < 0.5 * math.log(320), "half of what knowing nothing costs"
+    for name, task in tasks.items():
         asked = {key: task[key] for key in ("prompt_template", "completion_template")}
         loss = slmops.evaluate(made.path, task["data"], metric="perplexity", predictions=tmp_path / "p.jsonl", **asked)
-        assert min(abs(math.log(loss.metrics["perplexity"].value) - value) for value in own) < 1e-3
+        assert math.log(loss.metrics["perplexity"].value) == pytest.approx(own[name], abs=1e-3)
     both = [json.loads(line) for line in (made.path / "validation.jsonl").read_text().splitlines()]
     assert {row["task"] for row in both} == set(tasks)
     # One interface asks all tasks: their rows hold what each template made.
@@ -298,8 +297,11 @@ def test_cross_entropy_written_as_ones_own_loss_trains_as_sft_does(base: Path, t
 
 def test_accumulated_batches_count_by_their_rows(base: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", ROWS[:6])
-    text = "class Length:\n    def __call__(self, model, batch):\n        out = model(input_ids=batch['input_ids'])\n"
-    text += "        return out.logits[:, 0].square().mean() + 0 * out.logits.sum()\n"
+    text = (
+        "import torch\n\n\nclass Length:\n    def __call__(self, model, batch):\n"
+        "        logits = model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask']).logits\n"
+        "        return logits[torch.arange(len(logits)), batch['prompt_tokens'] - 1].square().mean()\n"
+    )
     loss = f"{written(tmp_path, text)}:Length"
     whole = finetune(base, rows, tmp_path / "whole", loss=loss, batch_size=6, max_steps=2, learning_rate=1e-3, **TEMPLATES)
     parts = finetune(
@@ -405,10 +407,22 @@ def test_dpo_refuses_what_it_cannot_mean(base: Path, preferred: Path, tmp_path: 
         finetune(base, preferred, tmp_path / "out", **({"objective": "dpo", **PAIRS} | settings))
 
 
-def test_data_that_is_missing_is_an_error_of_usage(base: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(main, ["finetune", str(base), "-o", str(tmp_path / "out")])
-    assert done.exit_code == 2
-    assert "DATA is missing" in done.output
+def test_data_that_is_missing_is_an_error_of_usage(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["finetune", str(base), "-o", str(tmp_path / "out")])
+    assert end.value.code == 2
+    assert "objective sft: DATA is missing" in capfd.readouterr().err
+
+
+def test_templates_of_tasks_given_as_flags_have_their_escapes_decoded(
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    words = ["--task", f"a={rows}", "--task-prompt-template", r"a={gone}\nIntent:", "--task-completion-template", "a= {intent}"]
+    with pytest.raises(SystemExit) as end:
+        main(["finetune", str(base), "-o", str(tmp_path / "out"), "--objective", "multitask", *words])
+    assert end.value.code == 2
+    assert r"task a: template '{gone}\nIntent:' names the field 'gone'" in capfd.readouterr().err
 
 
 def test_a_run_with_another_loss_file_is_another_run(base: Path, tmp_path: Path) -> None:
