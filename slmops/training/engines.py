@@ -107,6 +107,7 @@ def train_with_peft(
         course: what the objective does otherwise than sft.
     """
     transformers = hugging_face.quiet_libraries()
+    from slmops.training.step import prepare_step
     from slmops.training.trainer import SupervisedTrainer, Watcher
 
     environment.require("torch", "to train").set_num_threads(settings.run.threads or loading.default_threads(base))
@@ -128,7 +129,10 @@ def train_with_peft(
     if course.trainer is not None:
         trainer = course.trainer(Setup(course, train, validation, model, arguments, keep))
     else:
-        trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, keep, order=course.order)
+        step = prepare_step(model, rows)
+        if step.reason is not None:
+            progress.say(f"rows are padded, not joined: {step.reason}")
+        trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, step.layout, keep, order=course.order)
     trainer.remove_callback(transformers.PrinterCallback)
     checkpoint = checkpoints.latest(folder / checkpoints.FOLDER) if settings.run.resume else None
     if checkpoint is not None:

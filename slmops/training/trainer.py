@@ -1,13 +1,12 @@
 """What does one training step compute?
 
 A `transformers.Trainer`, so that checkpoints, resume, schedules, trackers and `accelerate launch` come with it. Three
-things are ours: the batches (`slmops.training.batches`), a loss that asks the model for the logits of supervised
-positions only, and a validation loss weighted by token that keeps the best adapter.
+things are ours: the order of batches (`slmops.training.batches`), what is computed for one (`slmops.training.step`),
+and a validation loss weighted by token that keeps the best adapter.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Iterator
@@ -15,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from slmops import progress
 from slmops.errors import RunFailed
-from slmops.training.batches import IGNORED, Batches, collate
+from slmops.training.batches import IGNORED, Batches
+from slmops.training.step import Layout, Padded
 
 Row = tuple[list[int], list[int]]
 
@@ -68,6 +67,7 @@ class SupervisedTrainer(Trainer):
         train_rows: (ids, labels) of each training row.
         validation_rows: the same for validation; may be empty.
         seed: of the order of batches.
+        layout: how batches reach the model.
         keep: called with the model whenever the validation loss is the lowest so far.
         order: batches of row numbers (`Batches`, or a `Mixture`); None: every row once an epoch.
     """
@@ -79,6 +79,7 @@ class SupervisedTrainer(Trainer):
         train_rows: list[Row],
         validation_rows: list[Row],
         seed: int,
+        layout: Layout,
         keep: Any,
         order: Any = None,
     ) -> None:
@@ -87,11 +88,11 @@ class SupervisedTrainer(Trainer):
         self.order = order or Batches([len(ids) for ids, _ in train_rows], args.per_device_train_batch_size, seed)
         self.keep = keep
         self.best_loss = math.inf
-        self.keeps_logits = keeps_logits(model)
+        self.layout = layout
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the length-grouped batches."""
-        loader = DataLoader(self.train_dataset, batch_sampler=EpochBatches(self.order), collate_fn=collate)  # type: ignore[arg-type]
+        loader = DataLoader(self.train_dataset, batch_sampler=EpochBatches(self.order), collate_fn=self.layout.collate)  # type: ignore[arg-type]
         return self.accelerator.prepare(loader)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
@@ -104,7 +105,7 @@ class SupervisedTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Return the summed cross entropy of the supervised tokens over their number in the whole optimizer step."""
         count = num_items_in_batch if num_items_in_batch is not None else int((inputs["targets"] != IGNORED).sum())
-        loss = summed_loss(model, inputs, self.keeps_logits) / count
+        loss = self.layout.summed_loss(model, inputs) / count
         # Gradients of processes are averaged afterwards, and the count is that of all of them.
         return loss * self.accelerator.num_processes
 
@@ -123,45 +124,23 @@ class SupervisedTrainer(Trainer):
     def measure(self) -> dict[str, float]:
         """Return the validation loss, in nats a supervised token, as `eval_loss`."""
         model: Any = self.model
-        return {"eval_loss": validation_loss(model, self.validation_rows, 4 * self.args.per_device_train_batch_size)}
+        return {"eval_loss": validation_loss(model, self.validation_rows, 4 * self.args.per_device_train_batch_size, self.layout)}
 
 
-def summed_loss(model: nn.Module, batch: dict[str, Any], keeps: bool) -> torch.Tensor:
-    """Return the cross entropy, in nats, summed over the supervised tokens of a batch.
-
-    Args:
-        model: a causal language model.
-        batch: of `collate`.
-        keeps: the model takes `logits_to_keep`, and so computes the last positions' logits only.
-    """
-    targets, kept = batch["targets"], batch["logits_to_keep"]
-    extra = {"logits_to_keep": kept} if keeps else {}
-    masks = {name: batch[name] for name in ("attention_mask", "position_ids") if name in batch}
-    logits = model(input_ids=batch["input_ids"], use_cache=False, **masks, **extra).logits[:, -kept:]
-    counted = targets != IGNORED
-    return functional.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
-
-
-def validation_loss(model: nn.Module, rows: list[Row], batch_size: int) -> float:
+def validation_loss(model: nn.Module, rows: list[Row], batch_size: int, layout: Layout | None = None) -> float:
     """Return the mean cross entropy, in nats a supervised token, over all rows; the model is left in train mode."""
     model.eval()
-    total, tokens, keeps = 0.0, 0, keeps_logits(model)
+    layout = layout or Padded(model)
+    total, tokens = 0.0, 0
     device = next(model.parameters()).device
     with torch.inference_mode():
         for numbers in Batches([len(ids) for ids, _ in rows], batch_size, 0).epoch(0):
-            batch = {
-                name: value.to(device) if hasattr(value, "to") else value for name, value in collate([rows[i] for i in numbers]).items()
-            }
-            total += float(summed_loss(model, batch, keeps))
+            made = layout.collate([rows[i] for i in numbers])
+            batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in made.items()}
+            total += float(layout.summed_loss(model, batch))
             tokens += int((batch["targets"] != IGNORED).sum())
     model.train()
     return total / tokens
-
-
-def keeps_logits(model: nn.Module) -> bool:
-    """Tell whether a model can compute the last positions' logits only."""
-    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return "logits_to_keep" in inspect.signature(causal.forward).parameters
 
 
 class Watcher(TrainerCallback):

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from slmops import progress
 from slmops.data import Corpus
 from slmops.training.objectives.material import Setup
+from slmops.training.step import prepare_step
 from slmops.training.trainer import SupervisedTrainer, validation_loss
 
 
@@ -23,12 +25,17 @@ class TaskTrainer(SupervisedTrainer):
     """
 
     def __init__(self, setup: Setup, held_out: Mapping[str, Corpus], seed: int) -> None:
+        rows = rows_of(setup.train)
+        step = prepare_step(setup.model, rows)
+        if step.reason is not None:
+            progress.say(f"rows are padded, not joined: {step.reason}")
         super().__init__(
             setup.model,
             setup.arguments,
-            rows_of(setup.train),
+            rows,
             rows_of(setup.validation),
             seed,
+            step.layout,
             setup.keep,
             order=setup.course.order,
         )
@@ -38,7 +45,7 @@ class TaskTrainer(SupervisedTrainer):
         """Return each task's loss as `eval_loss_NAME`, in nats a supervised token, and their mean as `eval_loss`."""
         model: Any = self.model
         size = 4 * self.args.per_device_train_batch_size
-        losses = {f"eval_loss_{name}": validation_loss(model, rows, size) for name, rows in self.held_out.items()}
+        losses = {f"eval_loss_{name}": validation_loss(model, rows, size, self.layout) for name, rows in self.held_out.items()}
         return {"eval_loss": sum(losses.values()) / len(losses), **losses}
 
 

@@ -1,0 +1,122 @@
+"""What is computed where a frozen linear layer has a LoRA pair? Nothing that the pair does not need.
+
+y = x W' + b + s (x A') B', with W (outputs, inputs) frozen, A (rank, inputs), B (outputs, rank) and the scale s (LoRA,
+arXiv 2106.09685). PEFT computes it in seven operators whose gradients autograd finds one by one. By hand, with s in A, it
+is three products forward, h = x A' among them, and five backward: dB = dy' h, dh = dy B, dA = dh' x, dx = dy W + dh A.
+Layers that read the same x (queries, keys and values; gate and up) are one product on their stacked weights.
+
+The products are in the frozen weights' precision, fp32 or bf16; A, B and the sum of their gradients are in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from slmops.training.step.pairs import Adapted
+
+
+def forward(layer: Adapted, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return y (tokens, outputs) and h = s x A' (tokens, ranks) of x (tokens, inputs)."""
+    y = functional.linear(x, layer.weight, layer.bias)
+    if layer.down is None:
+        return y, None
+    h = x @ layer.down.t()
+    if len(layer.widths) == 1:
+        return y.addmm_(h, layer.pairs[0].up.t()), h
+    for pair in layer.pairs:
+        y[:, pair.outputs].addmm_(h[:, pair.ranks], pair.up.t())
+    return y, h
+
+
+def backward(layer: Adapted, x: torch.Tensor, h: torch.Tensor | None, dy: torch.Tensor, *, needs_x: bool) -> torch.Tensor | None:
+    """Add the pairs' gradients to their store's, and return that of x where it needs one."""
+    dx = dy @ layer.weight if needs_x else None
+    if h is None or layer.down is None or layer.down_gradient is None:
+        return dx
+    if len(layer.widths) == 1:
+        pair = layer.pairs[0]
+        pair.up_gradient.addmm_(dy.t(), h)
+        dh = dy @ pair.up
+    else:
+        dh = torch.empty_like(h)
+        for pair in layer.pairs:
+            part = dy[:, pair.outputs]
+            pair.up_gradient.addmm_(part.t(), h[:, pair.ranks])
+            torch.mm(part, pair.up, out=dh[:, pair.ranks])
+    layer.down_gradient.addmm_(dh.t(), x)
+    return dx.addmm_(dh, layer.down) if dx is not None else None
+
+
+def tick_of(*layers: Adapted) -> torch.Tensor | None:
+    """Return what makes autograd call a layer's way back, whether or not its input needs a gradient."""
+    return next((layer.store.tick for layer in layers if layer.store is not None), None)
+
+
+def of_tick(*layers: Adapted) -> torch.Tensor | None:
+    """Return the tick's gradient."""
+    return next((layer.store.nothing for layer in layers if layer.store is not None), None)
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """Apply an `Adapted` to x (..., inputs): its layers' outputs, (..., outputs) each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tick: torch.Tensor | None, layer: Adapted) -> tuple[torch.Tensor, ...]:
+        flat = x.reshape(-1, x.shape[-1]).to(layer.weight.dtype)
+        y, h = forward(layer, flat)
+        ctx.save_for_backward(flat, h)
+        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
+        y = y.view(*x.shape[:-1], -1)
+        return y.split(layer.widths, dim=-1) if len(layer.widths) > 1 else (y,)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, h = ctx.saved_tensors
+        parts = [g.reshape(len(x), -1) for g in gradients]
+        dy = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        dx = backward(ctx.layer, x, h, dy.to(x.dtype), needs_x=ctx.needs_input_grad[0])
+        return dx.view(ctx.shape).to(ctx.dtype) if dx is not None else None, of_tick(ctx.layer), None
+
+
+class AdaptedMLP(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)), gate and up stacked: (..., inputs) -> (..., outputs)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tick: torch.Tensor | None, gate_up: Adapted, down: Adapted) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1]).to(gate_up.weight.dtype)
+        both, h = forward(gate_up, flat)
+        gate, up = both.split(gate_up.widths, dim=-1)
+        inner = functional.silu(gate).mul_(up)
+        y, h_down = forward(down, inner)
+        ctx.save_for_backward(flat, both, h, inner, h_down)
+        ctx.layers, ctx.shape, ctx.dtype = (gate_up, down), x.shape, x.dtype
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, both, h, inner, h_down = ctx.saved_tensors
+        gate_up, down = ctx.layers
+        dy = gradients[0].reshape(len(x), -1).to(x.dtype)
+        of_inner = backward(down, inner, h_down, dy, needs_x=True)
+        assert of_inner is not None
+        gate, up = both.split(gate_up.widths, dim=-1)
+        of_both = torch.empty_like(both)
+        of_gate, of_up = of_both.split(gate_up.widths, dim=-1)
+        torch.mul(of_inner, functional.silu(gate), out=of_up)
+        torch.ops.aten.silu_backward.grad_input(of_inner.mul_(up), gate, grad_input=of_gate)
+        dx = backward(gate_up, x, h, of_both, needs_x=ctx.needs_input_grad[0])
+        return dx.view(ctx.shape).to(ctx.dtype) if dx is not None else None, of_tick(gate_up, down), None, None
+
+
+def stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return one tensor of all weights, and make each a view of it, so that they are held once."""
+    whole = torch.cat([w.data for w in weights])
+    at = 0
+    for weight in weights:
+        weight.data = whole[at : at + weight.shape[0]]
+        at += weight.shape[0]
+    return whole

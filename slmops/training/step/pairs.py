@@ -1,0 +1,134 @@
+"""Where do LoRA pairs live while they are trained? All in one parameter, so that nothing is done pair by pair.
+
+A small model's step is bound by the number of operators, not by their work: 84 pairs cost 84 casts, 84 gradient norms,
+84 accumulations. Here A and B of every layer are slices of one flat parameter: one product makes all pairs ready for the
+products, in their precision and with their scale, and one makes the gradient of all. PEFT's own parameters become views
+of it, so that PEFT saves and loads them as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Pair:
+    """A and B of one linear layer, and what is made of them.
+
+    Args:
+        a: (rank, inputs).
+        b: (outputs, rank).
+        scale: s of y = x W' + s (x A') B'.
+        outputs: the layer's place in the outputs of the layers that it is stacked with.
+    """
+
+    a: nn.Parameter
+    b: nn.Parameter
+    scale: float
+    outputs: slice
+    ranks: slice = field(default_factory=lambda: slice(0))
+    up: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """B, in the precision of the products."""
+    up_gradient: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass
+class Adapted:
+    """A frozen linear layer with its pair, or several that read the same input, stacked.
+
+    Args:
+        weight: (outputs, inputs); frozen.
+        bias: (outputs), or None.
+        widths: outputs of each layer.
+        pairs: of those layers that have one.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    widths: tuple[int, ...]
+    pairs: list[Pair]
+    down: torch.Tensor | None = None
+    """s A of all pairs, stacked, (ranks, inputs), in the precision of the products; None without pairs."""
+    down_gradient: torch.Tensor | None = None
+    store: PairStore | None = None
+
+
+class PairStore:
+    """All pairs of a model in one parameter.
+
+    Args:
+        layers: that hold them.
+    """
+
+    def __init__(self, layers: Sequence[Adapted]) -> None:
+        held = [layer for layer in layers if layer.pairs]
+        self.members = [x for layer in held for x in (*(p.a for p in layer.pairs), *(p.b for p in layer.pairs))]
+        dtype = held[0].weight.dtype
+        scales = [s for layer in held for s in (*(p.scale for p in layer.pairs), *(1.0 for _ in layer.pairs))]
+        self.parameter = nn.Parameter(torch.cat([x.detach().flatten().float() for x in self.members]))
+        sizes = torch.tensor([x.numel() for x in self.members])
+        self.scale = torch.repeat_interleave(torch.tensor(scales), sizes).to(self.parameter.device)
+        self.ready = torch.zeros_like(self.parameter, dtype=dtype).detach()
+        self.gradient = torch.zeros_like(self.ready)
+        self.tick: torch.Tensor | None = None
+        self.nothing = torch.zeros((), device=self.parameter.device)
+        self._bind(held)
+
+    def _bind(self, layers: Sequence[Adapted]) -> None:
+        """Make the pairs' tensors slices of the flat ones."""
+        at = 0
+        for layer in layers:
+            layer.store = self
+            inputs = layer.weight.shape[1]
+            rank = sum(p.a.shape[0] for p in layer.pairs)
+            layer.down = self.ready[at : at + rank * inputs].view(rank, inputs)
+            layer.down_gradient = self.gradient[at : at + rank * inputs].view(rank, inputs)
+            row = 0
+            for pair in layer.pairs:
+                pair.a.data = self.parameter.data[at : at + pair.a.numel()].view(pair.a.shape)
+                pair.ranks = slice(row, row + pair.a.shape[0])
+                row += pair.a.shape[0]
+                at += pair.a.numel()
+            for pair in layer.pairs:
+                pair.b.data = self.parameter.data[at : at + pair.b.numel()].view(pair.b.shape)
+                pair.up = self.ready[at : at + pair.b.numel()].view(pair.b.shape)
+                pair.up_gradient = self.gradient[at : at + pair.b.numel()].view(pair.b.shape)
+                at += pair.b.numel()
+                pair.a.requires_grad_(False)
+                pair.b.requires_grad_(False)
+
+    def begin(self) -> None:
+        """Make the pairs ready for one pass through the model."""
+        with torch.no_grad():
+            torch.mul(self.parameter, self.scale, out=self.ready)
+        self.tick = _Tick.apply(self.parameter, self) if torch.is_grad_enabled() else None
+
+    def take_gradient(self) -> torch.Tensor:
+        """Return what the pass back has gathered, and empty it."""
+        found = self.gradient * self.scale
+        self.gradient.zero_()
+        return found
+
+    def release(self) -> None:
+        """Let PEFT's parameters stand for themselves again."""
+        for member in self.members:
+            member.data = member.data.clone()
+            member.requires_grad_(True)
+
+
+class _Tick(torch.autograd.Function):
+    """Stands before every layer with pairs, so that its way back comes last: when all gradients are gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: torch.Tensor, store: PairStore) -> torch.Tensor:
+        ctx.store = store
+        return parameter.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.store.take_gradient(), None

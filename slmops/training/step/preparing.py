@@ -1,0 +1,133 @@
+"""Is a model trained the fast way, and does that way compute what the model computes? It is tried on the first rows.
+
+Joined rows need a model whose tokens meet in attention only: convolutions or recurrences would run across the seam, and
+some families do more in attention than `slmops.training.step.attention` knows. No list of families is kept: the
+hidden states of a few rows, joined, are held against those of the same rows one by one in the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from slmops.training.step import attention, patching
+from slmops.training.step.layouts import Joined, Layout, Padded, Row
+from slmops.training.step.pairs import PairStore
+from slmops.training.step.rows import KEY
+
+# Largest distance of a token's hidden state, relative to its length: rounding gives 1e-5 (fp32) and 0.03 (bf16), a token
+# of another row that is seen 0.3 and more.
+_BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+_ROWS, _TOKENS = 3, 64
+# oneDNN, which multiplies in bf16, makes a kernel for each new shape: up to 2.6 ms each, of some 25 products. In fp32 MKL needs none.
+_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a model is trained."""
+
+    layout: Layout
+    patched: patching.Patched
+    reason: str | None
+    """Why rows are padded; None where they are joined."""
+
+
+def prepare_step(model: nn.Module, rows: Sequence[Row]) -> Step:
+    """Make a model's training step fast, in place, as far as it stays the same computation.
+
+    The LoRA pairs that it finds become one parameter of the model, `slmops_pairs`, which is trained in their place.
+
+    Args:
+        model: a model of transformers, wrapped by PEFT or not, on its device.
+        rows: of the training data: the first of them are the trial.
+    """
+    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    trial = [list(ids)[:_TOKENS] for ids, _ in rows[:_ROWS]]
+    reason = _obstacle(model, causal)
+    was_training = model.training
+    model.eval()
+    expected = [_hidden(causal, ids) for ids in trial] if reason is None else []
+    patched = patching.speed_up(model)
+    layout: Layout = Padded(model)
+    if patched.store is not None:
+        causal.register_parameter("slmops_pairs", patched.store.parameter)
+        causal.get_input_embeddings().register_forward_pre_hook(_beginning(patched.store))
+    if reason is None:
+        reason, layout = _try_joined(causal, patched, trial, expected, layout)
+    model.train(was_training)
+    return Step(layout, patched, reason)
+
+
+def _beginning(store: PairStore) -> Any:
+    return lambda _module, _args: store.begin()
+
+
+def _obstacle(model: Any, causal: Any) -> str | None:
+    """Say why rows of a model cannot be joined; None where nothing that is known stands against it."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(causal, PreTrainedModel) or getattr(causal, causal.base_model_prefix, causal) is causal:
+        return "the model is of no known form"
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "the method puts tokens before each row"
+    capped = [name for name in ("attn_logit_softcapping", "attn_logits_soft_cap") if getattr(causal.config, name, None)]
+    if capped:
+        return f"the model caps its attention ({capped[0]})"
+    return None
+
+
+def _try_joined(
+    causal: Any, patched: patching.Patched, trial: list[list[int]], expected: list[torch.Tensor], padded: Layout
+) -> tuple[str | None, Layout]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(KEY, attention.attend)
+    own = causal.config._attn_implementation
+    hook = _widen(causal)
+    causal.config._attn_implementation = KEY
+    multiple = _MULTIPLE if causal.get_input_embeddings().weight.dtype != torch.float32 and causal.device.type == "cpu" else 1
+    layout = Joined(causal, multiple)
+    try:
+        patching.fuse_attention(patched)
+        distance = _distance(layout, causal, trial, expected)
+        bound = _BOUNDS.get(expected[0].dtype, 0.15)
+        if distance <= bound:
+            return None, layout
+        reason = f"joined rows change what the model computes ({distance:.2g} of a hidden state)"
+    except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as error:
+        reason = f"the model does not take joined rows ({str(error).splitlines()[0]})"
+    causal.config._attn_implementation = own
+    causal.forward = layout.own_forward
+    if hook is not None:
+        hook.remove()
+    return reason, padded
+
+
+def _widen(causal: Any) -> Any:
+    """Let the sums between layers be in fp32, whatever the products are in: the handle of the hook that does it, or None."""
+    embedding = causal.get_input_embeddings()
+    if embedding.weight.dtype == torch.float32:
+        return None
+    return embedding.register_forward_hook(lambda _module, _args, output: output.float())
+
+
+@torch.no_grad()
+def _hidden(causal: Any, ids: list[int]) -> torch.Tensor:
+    inner = getattr(causal, causal.base_model_prefix)
+    return inner(input_ids=torch.tensor([ids], device=causal.device), use_cache=False).last_hidden_state[0]
+
+
+@torch.no_grad()
+def _distance(layout: Joined, causal: Any, trial: list[list[int]], expected: list[torch.Tensor]) -> float:
+    """Return the largest distance of a token's hidden state, relative to its length, of rows joined from rows alone."""
+    batch = layout.collate([([*ids, 0], [0] * (len(ids) + 1)) for ids in trial])
+    device = causal.device
+    found = layout.hidden(batch["input_ids"].to(device), batch["position_ids"].to(device), batch["rows"].to(device))
+    wanted = torch.cat(expected).float()
+    found = found[: len(wanted)]
+    return float(((found.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6)).max())
