@@ -85,9 +85,7 @@ class _RowAttention(torch.autograd.Function):
         of_key = torch.bmm(of_scores.transpose(1, 2), q).mul_(scale)
         count = len(rows.lengths)
         found = ((of_query, heads), (of_key, key_heads), (of_value, key_heads))
-        back = (
-            rows.gradient_from_lines(_unstacked(x, count, rows.longest, n)).view(1, rows.tokens, n, width).transpose(1, 2) for x, n in found
-        )
+        back = (rows.gradient_from_lines(_unstacked(x, count, rows.longest, n)).view(1, rows.tokens, n, width).transpose(1, 2) for x, n in found)
         return (*back, None, None, None)
 
 
