@@ -109,6 +109,8 @@ def test_multitask_learns_each_task_and_measures_each(base: Path, tasks: dict[st
         asked = {key: task[key] for key in ("prompt_template", "completion_template")}
         loss = slmops.evaluate(made.path, task["data"], metric="perplexity", predictions=tmp_path / "p.jsonl", **asked)
         assert math.log(loss.metrics["perplexity"].value) == pytest.approx(own[name], abs=1e-3)
+    curve = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
+    assert {f"validation_loss_{name}" for name in tasks} <= {key for point in curve for key in point}
     both = [json.loads(line) for line in (made.path / "validation.jsonl").read_text().splitlines()]
     assert {row["task"] for row in both} == set(tasks)
     # One interface asks all tasks: their rows hold what each template made.
@@ -137,6 +139,21 @@ def test_flags_and_a_mapping_say_the_same(tasks: dict[str, Any]) -> None:
     mapped = load(FinetuneSettings, {"objective": "multitask", "task": {"a": "x.jsonl", "b": {"data": "y.jsonl", "weight": 2}}})
     flags = load(FinetuneSettings, None, objective="multitask", task=["a=x.jsonl", "b=y.jsonl"], task_weight=["b=2"])
     assert mapped == flags
+
+
+def test_a_pipeline_finds_the_tasks_beside_its_file(base: Path, tasks: dict[str, Any], tmp_path: Path) -> None:
+    from slmops.pipeline.plan import read_plan
+
+    write_rows(tmp_path / "rows.jsonl")
+    step = "{objective: multitask, task: {a: rows.jsonl, b: rows.jsonl}, task_prompt_template: {a: '{text}'}, max_steps: 1}"
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(f"model: {base}\nsteps:\n  finetune: {step}\n")
+    plan = read_plan(file)
+    inputs = {role: plan.place(reference) for role, reference in plan.steps[0].inputs.items()}
+    assert inputs == {"source": str(base), "task.a": str(tmp_path / "rows.jsonl"), "task.b": str(tmp_path / "rows.jsonl")}
+    file.write_text(f"model: {base}\nsteps:\n  finetune: {step[:-1]}, data: rows.jsonl, loss: own.py:Own}}\n")
+    with pytest.raises(InvalidInput, match="finetune.data: belongs to no task.*finetune.loss: a pipeline runs nobody's own code"):
+        read_plan(file)
 
 
 # Preferences -------------------------------------------------------------------------------------------------------
@@ -405,6 +422,13 @@ def test_settings_of_another_objective_are_refused_by_name(settings: dict[str, A
 def test_dpo_refuses_what_it_cannot_mean(base: Path, preferred: Path, tmp_path: Path, settings: dict[str, Any], text: str) -> None:
     with pytest.raises(InvalidInput, match=text):
         finetune(base, preferred, tmp_path / "out", **({"objective": "dpo", **PAIRS} | settings))
+
+
+def test_a_missing_library_is_told_with_its_pip_line(base: Path, preferred: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "trl", None)
+    with pytest.raises(Unavailable, match="trl") as error:
+        finetune(base, preferred, tmp_path / "out", objective="dpo", **PAIRS)
+    assert "slmops[preference]" in error.value.hint
 
 
 def test_data_that_is_missing_is_an_error_of_usage(base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

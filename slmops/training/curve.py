@@ -20,8 +20,13 @@ def draw_curve(path: Path, points: list[dict[str, Any]]) -> None:
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
+    tasks = dict.fromkeys(key for point in points for key in point if key.startswith("validation_loss_"))
     for key, label, style in (
         ("loss", "training", {"color": "#7a8ca5", "linewidth": 1.2}),
+        *(
+            (key, key.removeprefix("validation_loss_"), {"linewidth": 0.9, "linestyle": "--", "marker": ".", "markersize": 4})
+            for key in tasks
+        ),
         ("validation_loss", "validation", {"color": "#c2410c", "marker": "o", "markersize": 4}),
     ):
         curve = [(point["step"], point[key]) for point in points if key in point]
@@ -48,4 +53,5 @@ def _point(entry: dict[str, Any]) -> dict[str, Any]:
         "learning_rate": "learning_rate",
         "grad_norm": "gradient_norm",
     }
-    return {ours: entry[theirs] for theirs, ours in names.items() if theirs in entry}
+    tasks = {f"validation_{key.removeprefix('eval_')}": value for key, value in entry.items() if key.startswith("eval_loss_")}
+    return {ours: entry[theirs] for theirs, ours in names.items() if theirs in entry} | tasks
