@@ -76,9 +76,10 @@ def verdict(effect: Effect, settings: FinetuneSettings) -> tuple[dict[str, Any],
     }
     if lost <= given.retain_bar:
         return facts, None
+    way = "--replay mixes old data in" if given.replay is None else "a higher --replay-share mixes more old data in"
     return facts, (
         f"forgetting: {effect.before.metric} on {Path(str(given.retain)).name} {'rose' if rises else 'fell'} from {before:.4g} to {after:.4g} "
-        f"({lost:.0%}, the bar is {given.retain_bar:.0%}); --replay mixes old data in, a lower --learning-rate or fewer steps forget less"
+        f"({lost:.0%}, the bar is {given.retain_bar:.0%}); {way}, a lower --learning-rate or fewer steps forget less"
     )
 
 

@@ -18,8 +18,8 @@ def learned(page: Page, document: Mapping[str, Any]) -> None:
         changed.append((f"{old.get('data')} ({old.get('metric')}, old data)", old))
     if changed:
         page.text()
-        rows = [(name, number(effect["before"]["value"]), estimate(effect["after"]), _change(effect)) for name, effect in changed]
-        page.table(("before and after", "base", "fine-tuned", "change"), rows, right=(1,))
+        rows = [(name, number(effect["before"]["value"]), number(effect["after"]["value"]), _change(effect)) for name, effect in changed]
+        page.table(("before and after", "base", "fine-tuned", "change"), rows, right=(1, 2))
 
 
 def objective(document: Mapping[str, Any]) -> str:
