@@ -146,7 +146,7 @@ class RunSettings(Settings):
     """How the run behaves."""
 
     precision: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "arithmetic of the frozen base (auto: bf16 on a GPU, but fp32 for --quantized-base; fp32 on a CPU)"
+        "auto", "arithmetic of the frozen base (auto: bf16 where the processor or GPU multiplies it, but fp32 for --quantized-base)"
     )
     threads: int | None = setting(None, "threads (default: one for a tiny model, else all cores)", ge=1)
     seed: int = setting(0, "seed of everything random: two runs on one machine give the same adapter", ge=0)
