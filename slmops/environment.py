@@ -34,6 +34,7 @@ TESTED = {
     "tokenizers": "0.23.3",
     "torch": "2.13.0",
     "transformers": "5.23.0",
+    "trl": "1.16.0",
 }
 
 # Import name -> (distribution, extra of slmops that brings it).
@@ -58,6 +59,7 @@ PROVIDED_BY = {
     "tokenizers": ("tokenizers", "runtime"),
     "torch": ("torch", "train"),
     "transformers": ("transformers", "train"),
+    "trl": ("trl", "preference"),
     "wandb": ("wandb", "wandb"),
 }
 

@@ -53,6 +53,8 @@ HEAVY_ALLOWED = {
     "runtime/native/biases.py": {"torch"},
     "runtime/native/bottleneck.py": {"torch"},
     "runtime/native/representation.py": {"torch"},
+    "training/objectives/own_loss_trainer.py": {"torch"},
+    "training/objectives/trl_trainers.py": {"datasets", "torch", "transformers", "trl"},
     "graph/builder_process.py": {"torch", "transformers", "onnx_ir"},
 }
 SETTINGS = [value for name, value in vars(config).items() if name.endswith("Settings") and name != "Settings" and isinstance(value, type)]

@@ -189,9 +189,11 @@ def _extra(info: FieldInfo) -> Mapping[str, Any]:
 
 
 def _decoded(model: type[Settings] | None, name: str, value: Any) -> Any:
-    if isinstance(value, str) and model is not None and _extra(dict(fields(model))[name]).get("escapes"):
-        return decode_escapes(value)
-    return value
+    if model is None or not _extra(dict(fields(model))[name]).get("escapes"):
+        return value
+    if isinstance(value, tuple):
+        return tuple(decode_escapes(item) for item in value)
+    return decode_escapes(value) if isinstance(value, str) else value
 
 
 def _out(writes: str | None, unless: str) -> Iterator[Option]:

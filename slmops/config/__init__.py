@@ -1,10 +1,19 @@
 """Which settings does each verb have, and how are they read? One frozen model a verb; `load` makes it."""
 
 from slmops.config.base import Settings, decode_escapes, fields, flat, load, read_yaml, setting
-from slmops.config.finetuning import DataSettings, FinetuneSettings, MethodSettings, OptimizerSettings, RunSettings
+from slmops.config.finetuning import (
+    DataSettings,
+    FinetuneSettings,
+    ForgettingSettings,
+    MethodSettings,
+    ObjectiveSettings,
+    OptimizerSettings,
+    RunSettings,
+)
 from slmops.config.verbs import (
     BenchSettings,
     DemoSettings,
+    EvaluateMetric,
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
@@ -22,14 +31,17 @@ __all__ = [
     "BenchSettings",
     "DataSettings",
     "DemoSettings",
+    "EvaluateMetric",
     "EvaluateSettings",
     "ExportSettings",
     "FinetuneSettings",
+    "ForgettingSettings",
     "GenerateSettings",
     "InspectSettings",
     "MergeSettings",
     "MethodSettings",
     "Metric",
+    "ObjectiveSettings",
     "PackSettings",
     "OptimizerSettings",
     "PrepareSettings",

@@ -1,9 +1,12 @@
-"""Which settings does `slmops finetune` have? Four groups: data, method, optimizer, run."""
+"""Which settings does `slmops finetune` have? Six groups: data, objective, forgetting, method, optimizer, run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
 
 from slmops.config.base import Settings, setting
 
@@ -41,6 +44,65 @@ MethodName = Literal[
     "bitfit",
     "loreft",
 ]
+_TASK_KEYS = ("data", "prompt_template", "completion_template", "weight", "validation")
+
+
+class ObjectiveSettings(Settings):
+    """What the loss asks for, and of which rows."""
+
+    objective: Literal["sft", "pretrain", "multitask", "dpo", "reward"] = setting(
+        "sft",
+        "sft: answers; pretrain: plain text in full-length blocks; multitask: several tasks at once; dpo: one answer above another; "
+        "reward: a model that scores answers",
+    )
+    task: list[str] | None = setting(None, "multitask: NAME=FILE of a task; in YAML also a mapping NAME to file, templates, weight")
+    task_prompt_template: list[str] | None = setting(None, "NAME=TEXT of a task (default: --prompt-template)", escapes=True)
+    task_completion_template: list[str] | None = setting(None, "NAME=TEXT of a task (default: --completion-template)", escapes=True)
+    task_weight: list[str] | None = setting(None, "NAME=X: share of a task in the rows drawn, beside the others' (default: by its rows)")
+    task_validation: list[str] | None = setting(None, "NAME=FILE: validation rows of a task; without it a share of its rows")
+    task_temperature: float | None = setting(None, "draw tasks by rows^(1/T): 1 by their rows, higher more evenly (default: 1)", ge=1)
+    chosen_template: str | None = setting(None, "dpo and reward: the better answer (default: the column chosen)", escapes=True)
+    rejected_template: str | None = setting(None, "dpo and reward: the worse answer (default: the column rejected)", escapes=True)
+    dpo_beta: float = setting(0.1, "dpo: how dear it is to leave the base; higher stays nearer", gt=0)
+    loss: str | None = setting(None, "FILE.py:CLASS: a loss of your own for sft rows; the file is run")
+    loss_args: list[str] | None = setting(None, "NAME=VALUE for the constructor of --loss, the value as in YAML")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _open_tasks(cls, values: Any) -> Any:
+        """Take a mapping NAME -> {data, templates, weight, validation} apart into what the flags say."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("task"), Mapping):
+            return values
+        opened: dict[str, Any] = {"task": []}
+        for name, given in values["task"].items():
+            details = given if isinstance(given, Mapping) else {"data": given}
+            unknown = [key for key in details if key not in _TASK_KEYS]
+            if unknown or "data" not in details:
+                problem = f"{unknown[0]}: unknown" if unknown else "data: missing"
+                raise ValueError(f"task {name}: {problem} (a task has {', '.join(_TASK_KEYS)})")
+            for key, value in details.items():
+                opened.setdefault("task" if key == "data" else f"task_{key}", []).append(f"{name}={value}")
+        return {**values, **opened}
+
+    @field_validator("task_prompt_template", "task_completion_template", "task_weight", "task_validation", "loss_args", mode="before")
+    @classmethod
+    def _name_values(cls, value: Any) -> Any:
+        """Take a mapping of names to values for the `NAME=VALUE` of each."""
+        return [f"{name}={item}" for name, item in value.items()] if isinstance(value, Mapping) else value
+
+
+class ForgettingSettings(Settings):
+    """What the model could before, and whether it still can."""
+
+    retain: Path | None = setting(None, "old text or rows: measured before and after, with a warning past --retain-bar")
+    retain_metric: Literal["perplexity", "exact_match", "accuracy", "f1"] = setting("perplexity", "what is measured on --retain")
+    retain_bar: float = setting(0.1, "highest relative rise of perplexity (or fall of the metric) without a warning", ge=0)
+    retain_prompt_template: str | None = setting(
+        None, "prompt of the --retain rows (default: their own format, or --prompt-template)", escapes=True
+    )
+    retain_completion_template: str | None = setting(None, "answer of the --retain rows", escapes=True)
+    replay: Path | None = setting(None, "old text or rows that are mixed into training")
+    replay_share: float = setting(0.1, "share of --replay in the rows of an epoch", gt=0, lt=1)
 
 
 class MethodSettings(Settings):
@@ -84,7 +146,7 @@ class RunSettings(Settings):
     """How the run behaves."""
 
     precision: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "arithmetic of the frozen base (auto: bf16 on a GPU, but fp32 for --quantized-base; fp32 on a CPU)"
+        "auto", "arithmetic of the frozen base (auto: bf16 where the processor or GPU multiplies it, but fp32 for --quantized-base)"
     )
     threads: int | None = setting(None, "threads (default: one for a tiny model, else all cores)", ge=1)
     seed: int = setting(0, "seed of everything random: two runs on one machine give the same adapter", ge=0)
@@ -108,6 +170,8 @@ class FinetuneSettings(Settings):
     """All settings of `slmops finetune`."""
 
     data: DataSettings
+    objective: ObjectiveSettings
+    forgetting: ForgettingSettings
     method: MethodSettings
     optimizer: OptimizerSettings
     run: RunSettings

@@ -11,6 +11,8 @@ from pydantic import field_validator
 from slmops.config.base import Settings, setting
 
 Metric = Literal["exact_match", "accuracy", "f1", "perplexity"]
+EvaluateMetric = Literal["exact_match", "accuracy", "f1", "perplexity", "pairwise_accuracy"]
+"""What `evaluate` counts; preferences have no answer that the other verbs could compare."""
 Strategy = Literal[
     "cat",
     "linear",
@@ -129,11 +131,14 @@ class VerifySettings(Settings):
 class EvaluateSettings(Settings):
     """`slmops evaluate`."""
 
-    metric: Metric = setting("exact_match", "what is counted")
+    metric: EvaluateMetric = setting("exact_match", "what is counted (of a reward model always pairwise_accuracy)")
     adapter: list[str] | None = setting(None, "adapter of a package, as NAME, or several as NAME=WEIGHT (default: the base alone)")
     base: bool = setting(False, "of an adapter folder: evaluate its base alone")
     prompt_template: str | None = setting(None, "text of the prompt (default: the one that travels with the model)", escapes=True)
     completion_template: str | None = setting(None, "expected text (default: the one that travels with the model)", escapes=True)
+    rejected_template: str | None = setting(
+        None, "pairwise_accuracy: the worse answer (default: as in training, or the column)", escapes=True
+    )
     rows: Literal["auto", "lines", "document"] = setting("auto", "what a row of a .txt file is")
     max_rows: int | None = setting(None, "use only the first N rows", ge=1)
     max_new_tokens: int | None = setting(None, "longest answer (default: the longest expected one + 8)", ge=1)

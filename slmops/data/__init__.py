@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from slmops.data.blocks import encode_blocks as encode_blocks
     from slmops.data.choosing import choose_interface as choose_interface
     from slmops.data.corpus import Corpus as Corpus
     from slmops.data.corpus import encode_rows as encode_rows
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from slmops.data.inspection import Inspection as Inspection
     from slmops.data.inspection import inspect_data as inspect_data
     from slmops.data.interface import Interface as Interface
+    from slmops.data.preferences import Pair as Pair
+    from slmops.data.preferences import encode_pairs as encode_pairs
+    from slmops.data.preferences import preference_rows as preference_rows
     from slmops.data.preparation import prepare_data as prepare_data
     from slmops.data.rows import Row as Row
     from slmops.data.rows import load_splits as load_splits
@@ -36,12 +40,14 @@ if TYPE_CHECKING:
 
 # Loaded when first used: an interface is read without numpy, a template without jinja2.
 _MODULES = {
+    "blocks": ("encode_blocks",),
     "choosing": ("choose_interface",),
     "corpus": ("Corpus", "encode_rows", "row_format_of"),
     "encoding": ("NOT_COUNTED", "Encoded", "encode", "encode_prompt", "expected_text", "prompt_of_chat"),
     "formats": ("RowFormat", "detect_format"),
     "inspection": ("Inspection", "inspect_data"),
     "interface": ("Interface",),
+    "preferences": ("Pair", "encode_pairs", "preference_rows"),
     "preparation": ("prepare_data",),
     "rows": ("Row", "load_splits", "read_rows"),
     "splitting": ("overlap", "split"),

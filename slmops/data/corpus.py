@@ -83,7 +83,7 @@ def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, interface: Interface)
         except InvalidInput as error:
             raise InvalidInput(f"row {number + 1}: {error.message}", error.hint) from None
     if row_format == "text":
-        drafts = _joined(rows, drafts)
+        drafts = join_pieces(rows, drafts)
     encoded = [sequence for sequences in encode_each(drafts, tokenizer, interface) for sequence in sequences]
     return _counted(rows, row_format, drafts, encoded, interface)
 
@@ -103,7 +103,7 @@ def repeats(rows: Sequence[Row], row_format: RowFormat, interface: Interface) ->
     return duplicates, contradictions
 
 
-def _joined(rows: Sequence[Row], drafts: list[Draft]) -> list[Draft]:
+def join_pieces(rows: Sequence[Row], drafts: list[Draft]) -> list[Draft]:
     """Join drafts of pieces that follow each other in one document."""
     found: list[Draft] = []
     for draft in drafts:

@@ -14,7 +14,9 @@ from slmops import artifact, progress
 from slmops.config import EvaluateSettings, load
 from slmops.data import Interface, Row, encode_rows, load_splits
 from slmops.errors import InvalidInput, RunFailed
+from slmops.evaluation import preferring
 from slmops.evaluation.answering import answers_of, bounded, generate_all, longest_answer_tokens, questions_of, warnings_of
+from slmops.evaluation.asking import asked_interface
 from slmops.evaluation.losses import perplexity, token_losses
 from slmops.evaluation.scoring import labels_of, score
 from slmops.results import Estimate
@@ -71,9 +73,15 @@ def evaluate(model: str | Path, data: str | Path, *, config: Any = None, **overr
     selection = parse_selection(settings.adapter)
     place = _predictions_place(Path(model), str(data), settings)
     rows, templates = held_out_rows(data, rows=settings.rows, max_rows=settings.max_rows)
+    if preferring.is_asked(model, settings):
+        judged = preferring.judge(model, rows, templates, settings, selection)
+        _write_lines(place, judged.lines)
+        return Evaluation(
+            str(model), str(data), "torch", judged.threads, len(rows), judged.metrics, place, judged.warnings, time.perf_counter() - started
+        )
     loaded = open_model(model, threads=settings.threads, base_only=settings.base, adapter=selection)
     try:
-        interface = _interface(loaded, settings, templates)
+        interface = asked_interface(bounded(loaded.interface, loaded.runner), settings, templates)
         progress.say(f"{len(rows)} rows of {data} on {loaded.runner.engine}, {loaded.runner.threads} threads")
         metrics, lines, warnings = _measure(loaded, interface, rows, settings)
         engine, threads = loaded.runner.engine, loaded.runner.threads
@@ -92,17 +100,6 @@ def held_out_rows(data: str | Path, *, rows: Any = "auto", max_rows: int | None 
     if held_out is not None:
         progress.say(f"{data}: measured on its {len(held_out)} validation rows")
     return (held_out or train)[:max_rows], templates
-
-
-def _interface(loaded: Loaded, settings: EvaluateSettings, templates: Any) -> Interface:
-    """Return the model's interface with the user's templates over it, and the dataset's where there are no others."""
-    interface = bounded(loaded.interface, loaded.runner)
-    if settings.prompt_template is not None or settings.completion_template is not None:
-        changes = {"prompt_template": settings.prompt_template, "completion_template": settings.completion_template}
-        return interface.model_copy(update={key: value for key, value in changes.items() if value is not None})
-    if interface.completion_template is None and templates.completion_template is not None:
-        return interface.model_copy(update=templates._asdict())
-    return interface
 
 
 def _measure(

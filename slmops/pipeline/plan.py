@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from slmops.config import Metric, Settings, fields, load, read_yaml
+from slmops.config import EvaluateMetric, Settings, fields, load, read_yaml
 from slmops.errors import InvalidInput
 from slmops.pipeline.gates import Bar, parse_bar
 from slmops.pipeline.verbs import DECIDED, VERBS, Verb
@@ -178,7 +178,10 @@ def _wire(reading: _Reading, where: str, verb: Verb, given: Mapping[str, Any]) -
     inputs: dict[str, Reference | None] = {"source": _source(reading, where, verb, given.get("use"))}
     for name in verb.named:
         inputs |= _by_name(reading, where, name, given.get(name), alone=name in verb.paths)
-    if verb.rows:
+    if verb.rows and given.get("objective") == "multitask":
+        if given.get("data") is not None:
+            reading.problems.append(f"{where}.data: belongs to no task; name the rows of each under task")
+    elif verb.rows:
         inputs["data"] = _rows(reading, where, verb, given.get("data"))
     for name in verb.paths:
         value = given.get(name)
@@ -246,7 +249,9 @@ def _named(reading: _Reading, where: str, value: Any, kinds: tuple[str, ...]) ->
 
 def _kinds(setting: str) -> tuple[str, ...]:
     """Return the kinds of artefact that a setting can name."""
-    return {"data": ("dataset",), "adapter": ("adapter",)}.get(setting, ("model", "adapter", "export", "package"))
+    if setting in ("data", "task", "task_validation", "retain", "replay"):
+        return ("dataset",)
+    return ("adapter",) if setting == "adapter" else ("model", "adapter", "export", "package")
 
 
 def _by_name(reading: _Reading, where: str, setting: str, given: Any, *, alone: bool) -> dict[str, Reference | None]:
@@ -257,7 +262,7 @@ def _by_name(reading: _Reading, where: str, setting: str, given: Any, *, alone: 
     if given is None or (alone and not isinstance(given, dict)):
         return {}
     if not isinstance(given, dict) or not all(isinstance(name, str) and _NAME.match(name) for name in given):
-        reading.problems.append(f"{where}.{setting}: must map names of adapters (letters, digits, - and _) to {setting}, not {given!r}")
+        reading.problems.append(f"{where}.{setting}: must map names (letters, digits, - and _) to {setting}, not {given!r}")
         return {}
     found: dict[str, Reference | None] = {}
     for name, value in given.items():
@@ -275,6 +280,8 @@ def _settings(reading: _Reading, where: str, verb: Verb, given: Mapping[str, Any
     for key in given:
         if key in DECIDED:
             reading.problems.append(f"{where}.{key}: the pipeline decides it; leave it out")
+        elif key == "loss":
+            reading.problems.append(f"{where}.{key}: a pipeline runs nobody's own code; run slmops finetune --loss by itself")
         elif key not in (*own, *names):
             reading.problems.append(f"{where}.{key}: unknown setting{nearest(str(key), [*names, *own])}")
     values = {key: value for key, value in given.items() if key in names and key not in DECIDED and not (verb.rows and key == "data")}
@@ -297,8 +304,8 @@ def _gate(reading: _Reading, where: str, verb: str, given: Any) -> tuple[Bar, ..
         return ()
     bars = []
     for name, value in given.items():
-        if verb == "evaluate" and "." not in str(name) and name not in get_args(Metric):
-            reading.problems.append(f"{where}.gate.{name}: unknown metric{nearest(str(name), get_args(Metric))}")
+        if verb == "evaluate" and "." not in str(name) and name not in get_args(EvaluateMetric):
+            reading.problems.append(f"{where}.gate.{name}: unknown metric{nearest(str(name), get_args(EvaluateMetric))}")
         try:
             bars.append(parse_bar(str(name), value))
         except InvalidInput as error:

@@ -46,7 +46,8 @@ VERBS = {
         "model",
         nearest=False,
         rows=True,
-        paths=("validation", "quantized_base"),
+        paths=("validation", "quantized_base", "retain", "replay"),
+        named=("task", "task_validation"),
     ),
     "merge": Verb(config.MergeSettings, "merge", ("adapter",), "model", paths=("base",)),
     # An adapter counts: exporting the base past it would lose the fine-tune without a word.

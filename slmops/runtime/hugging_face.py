@@ -95,11 +95,16 @@ def nf4_config(dtype: Any) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path, *, scores: bool = False) -> dict[str, Any]:
     """Read `adapter_config.json` of a PEFT folder.
+
+    Args:
+        folder: of the adapter.
+        scores: a reward model will do, which gives a score and no text.
 
     Raises:
         BadArtifact: no adapter there, one saved as a pickle, or a broken config.
+        Unavailable: a reward model, where text is needed.
     """
     path = folder / "adapter_config.json"
     if not path.is_file():
@@ -108,9 +113,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         hint = "save it again as safetensors; slmops loads no pickle" if (folder / "adapter_model.bin").is_file() else "copy it again"
         raise BadArtifact(f"{folder} has no adapter_model.safetensors", hint)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        details = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise BadArtifact(f"{path} is not JSON: {error}", "copy the adapter again") from None
+    if details.get("task_type") == "SEQ_CLS" and not scores:
+        raise Unavailable(
+            f"{folder} is a reward model: it has a score in place of the vocabulary, so that it gives no text and no export carries it",
+            f"slmops evaluate {folder} PAIRS tells how often it prefers the better answer",
+        )
+    return details
 
 
 def find_base(folder: Path, found: Artifact | None, details: dict[str, Any], given: str | None = None) -> Path:

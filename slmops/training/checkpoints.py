@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,18 +143,22 @@ def lowest_validation_loss(checkpoint: Path) -> float | None:
     return min((entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry), default=None)
 
 
-def identity(base: Path, data: str | Path, settings: FinetuneSettings, quantized_base: str | None) -> dict[str, Any]:
+def identity(
+    base: Path, data: str | Path | None, settings: FinetuneSettings, quantized_base: str | None, files: Mapping[str, Path]
+) -> dict[str, Any]:
     """Return what makes a run the run that it is: its settings, and the content of what it learns on and from.
 
     Args:
         base: folder of the model.
-        data: rows, or a dataset's id.
+        data: rows, or a dataset's id; None where the objective has files of its own.
         settings: of the run.
         quantized_base: hash of the weights of `--quantized-base`, wherever they lie.
+        files: what else it learns from, by role.
     """
     values = {key: value for key, value in flat(settings).items() if key not in _FREE}
-    dataset = artifact.fingerprint(data) if Path(data).exists() else str(data)
-    return {**values, "base": artifact.fingerprint(base), "dataset": dataset, "quantized_base": quantized_base}
+    dataset = None if data is None else artifact.fingerprint(data) if Path(data).exists() else str(data)
+    others = {f"file {role}": artifact.fingerprint(place) for role, place in files.items()}
+    return {**values, "base": artifact.fingerprint(base), "dataset": dataset, "quantized_base": quantized_base, **others}
 
 
 def step_of(checkpoint: Path) -> int:

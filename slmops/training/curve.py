@@ -27,8 +27,13 @@ def draw_curve(path: Path, points: list[dict[str, Any]]) -> None:
         _draw_usage(lower, points)
     else:
         axes = lower = figure.subplots()
+    tasks = dict.fromkeys(key for point in points for key in point if key.startswith("validation_loss_"))
     for key, label, style in (
         ("loss", "training", {"color": "#7a8ca5", "linewidth": 1.2}),
+        *(
+            (key, key.removeprefix("validation_loss_"), {"linewidth": 0.9, "linestyle": "--", "marker": ".", "markersize": 4})
+            for key in tasks
+        ),
         ("validation_loss", "validation", {"color": "#c2410c", "marker": "o", "markersize": 4}),
     ):
         curve = [(point["step"], point[key]) for point in points if key in point]
@@ -79,4 +84,5 @@ def point_of(entry: dict[str, Any]) -> dict[str, Any]:
         "grad_norm": "gradient_norm",
         **{name: name for name in usage.FIELDS},
     }
-    return {ours: entry[theirs] for theirs, ours in names.items() if theirs in entry}
+    tasks = {f"validation_{key.removeprefix('eval_')}": value for key, value in entry.items() if key.startswith("eval_loss_")}
+    return {ours: entry[theirs] for theirs, ours in names.items() if theirs in entry} | tasks

@@ -15,6 +15,7 @@ from slmops.errors import InvalidInput, RunFailed
 from slmops.runtime import hugging_face, loading
 from slmops.runtime.quantized_base import QuantizedBase
 from slmops.training import checkpoints, methods, processes
+from slmops.training.objectives.material import AS_SFT, Course, Setup
 from slmops.training.precision import choose_precision
 from slmops.training.processes import Team
 from slmops.training.tracking import trackers
@@ -105,6 +106,7 @@ def train_with_peft(
     settings: FinetuneSettings,
     folder: Path,
     package: QuantizedBase | None = None,
+    course: Course = AS_SFT,
     *,
     out: Path,
     team: Team,
@@ -118,6 +120,7 @@ def train_with_peft(
         settings: of the run.
         folder: to write the adapter to.
         package: whose quantized weights take the place of the model's own.
+        course: what the objective does otherwise than sft.
         out: where the adapter will lie in the end; trackers write beside it.
         team: the processes that train together.
     """
@@ -127,35 +130,35 @@ def train_with_peft(
 
     environment.require("torch", "to train").set_num_threads(team.threads(settings.run.threads, loading.default_threads(base)))
     transformers.set_seed(settings.run.seed)
-    quantized = settings.method.method == "qlora"
-    trains_base = methods.method_of(settings.method).trains_base
-    method, exact_base = settings.method.method, package is not None
-    precision = choose_precision(settings.run.precision, method, exact_base=exact_base, trains_base=trains_base)
-    model = methods.load_base(base, quantized=quantized, precision=precision, package=package)
-    parameters = sum(p.numel() for p in model.parameters())
-    model = methods.attach_adapter(model, settings.method)
+    model, parameters = course.model() if course.model is not None else _adapted(base, settings, package)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows, held_out = _pairs(train), _pairs(validation)
-    arguments, steps = training_arguments(settings, folder, len(rows), parameters, bool(held_out), team)
+    arguments, steps = training_arguments(settings, folder, course.rows_per_epoch(train), parameters, bool(validation.rows), team)
     best = folder / checkpoints.BEST
-    layout = _layout(model, rows)
-    team.drop_apart(settings.run.seed)
-    trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, layout, lambda m: _keep(trainer, m, best, team))
+
+    def keep(adapted: Any) -> None:
+        _keep(trainer, adapted, best, team)
+
+    if course.trainer is not None:
+        trainer = course.trainer(Setup(course, train, validation, model, arguments, keep))
+    else:
+        layout = _layout(model, rows)
+        team.drop_apart(settings.run.seed)
+        trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, layout, keep, order=course.order)
     processes.check_together(team, trainer.accelerator)
     trainer.remove_callback(transformers.PrinterCallback)
-    for callback in methods.callbacks_for(settings.method, model):
+    for callback in (*methods.callbacks_for(settings.method, model), Patience(settings.run.patience)):
         trainer.add_callback(callback)
     checkpoint = checkpoints.latest(folder / checkpoints.FOLDER) if settings.run.resume else None
     done = trainer.begin_with(checkpoint, best)
     names = (settings.run.report_to or []) if team.leads else []
     with trackers(names, out, flat(settings), done) as told, progress.task("finetune", total=steps, unit="steps") as task:
         task.advance(done)
-        for callback in (Observer(told), Patience(settings.run.patience)):
+        for callback in (Observer(told), Watcher(task, train.tokens_total / max(1, len(trainer.order)))):
             trainer.add_callback(callback)
-        trainer.add_callback(Watcher(task, train.tokens_total / max(1, len(trainer.order))))
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-        if held_out and not _evaluated_last(trainer):
+        if validation.rows and not _evaluated_last(trainer):
             trainer.evaluate()
         loop_seconds = time.perf_counter() - started
     if trainer.sharded and not held_out:
@@ -164,13 +167,22 @@ def train_with_peft(
         methods.write_trained(trainer.model, best, folder)
     return Run(
         train_loss=_last_train_loss(trainer.state.log_history),
-        validation_loss=trainer.best_loss if held_out else None,
+        validation_loss=trainer.best_loss if validation.rows else None,
         loop_seconds=loop_seconds,
         steps=trainer.state.global_step,
         history=trainer.state.log_history,
         trainable_parameters=trainable,
         peak_memory_bytes=environment.peak_memory_bytes(),
     )
+
+
+def _adapted(base: Path, settings: FinetuneSettings, package: QuantizedBase | None) -> tuple[Any, int]:
+    """Return the base with the method's trainable weights, and the number of its own parameters."""
+    method, trains_base = settings.method.method, methods.method_of(settings.method).trains_base
+    precision = choose_precision(settings.run.precision, method, exact_base=package is not None, trains_base=trains_base)
+    model = methods.load_base(base, quantized=method == "qlora", precision=precision, package=package)
+    parameters = sum(p.numel() for p in model.parameters())
+    return methods.attach_adapter(model, settings.method), parameters
 
 
 def _layout(model: Any, rows: list[Row]) -> Any:

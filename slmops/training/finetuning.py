@@ -9,43 +9,29 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slmops import artifact, environment, progress
+from slmops import artifact, environment
 from slmops.artifact import Artifact, Draft
 from slmops.config import FinetuneSettings, flat, load
-from slmops.data import Corpus, Interface, Tokenizer, choose_interface, encode_rows, load_splits, overlap, split
 from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.errors import InvalidInput, RunFailed
 from slmops.runtime import quantized_base
-from slmops.runtime.quantized_base import QuantizedBase
-from slmops.training import checkpoints, engines, launching, methods, processes, usage
+from slmops.training import checkpoints, effects, engines, forgetting, launching, methods, objectives, processes, usage
 from slmops.training.engines import Run
+from slmops.training.objectives import Material, Task
 from slmops.training.overfitting import find_turn
 from slmops.training.processes import Team
 from slmops.training.tracking import require_trackers
 
 
-@dataclass(frozen=True)
-class Material:
-    """What a run trains on."""
-
-    package: QuantizedBase | None
-    """Whose quantized weights are the frozen base; None: the model's own."""
-    interface: Interface
-    train: Corpus
-    validation: Corpus
-    validation_rows: list[dict[str, Any]]
-
-
-def finetune(model: str | Path, data: str | Path, *, out: str | Path, config: Any = None, **overrides: Any) -> Artifact:
+def finetune(model: str | Path, data: str | Path | None = None, *, out: str | Path, config: Any = None, **overrides: Any) -> Artifact:
     """Fine-tune a model: train an adapter, or with `method="full"` the model itself.
 
     Args:
         model: a Hugging Face folder, or an artefact of kind "model".
-        data: rows (`slmops.data.read_rows`), or a prepared dataset.
+        data: rows (`slmops.data.read_rows`), or a prepared dataset; None: of objective multitask, whose tasks name theirs.
         out: the folder to write, of an adapter or a model.
         config: YAML file or mapping of `FinetuneSettings`.
         overrides: single settings, such as `learning_rate=1e-3`.
@@ -61,13 +47,15 @@ def finetune(model: str | Path, data: str | Path, *, out: str | Path, config: An
     methods.refuse_foreign(settings.method)
     artifact.refuse_occupied(out, force=run.force)
     check_run(settings)
+    objective = objectives.chosen(settings, data)
     team = processes.find_team(run.processes)
     if run.processes > 1 and team.size == 1:
         return launching.launch(model, data, out, settings)
     base = resolve_base(model)
     methods.refuse_unsupported(base)
     package = methods.find_quantized_base(base, settings.method)
-    identity = checkpoints.identity(base, data, settings, package.sha256 if package else None) | {"processes": team.size}
+    identity = checkpoints.identity(base, data, settings, package.sha256 if package else None, objectives.files_of(settings))
+    identity |= {"processes": team.size}
     if team.leads or run.resume:
         checkpoints.prepare(artifact.partial_folder(out), identity, resume=run.resume)
     kept = methods.without_foreign(settings.method, flat(settings))
@@ -78,12 +66,18 @@ def finetune(model: str | Path, data: str | Path, *, out: str | Path, config: An
         "force": run.force,
     }
     with processes.shared_draft(team, out, keep=checkpoints.ANY, **details) as draft:
-        material = prepare(base, data, settings, draft, package)
+        material = prepare(objective, Task(base, data, settings, draft, package))
+        measures = list(material.course.measures)
+        if settings.forgetting.retain is not None:
+            measures.append(forgetting.retained(settings, base, material.interface))
         if team.leads:
             checkpoints.begin(draft.folder, identity)
         trained = train(base, material, settings, draft, team)
         if team.leads:
             finish(draft, base, data, material, trained, settings)
+            if measures:
+                found = effects.measure(base, draft.folder, settings, material.interface, package, measures)
+                forgetting.record(draft, found, settings)
             draft.facts |= {"processes": team.size}
             checkpoints.remove(draft.folder)
     made = processes.written(team, draft)
@@ -106,6 +100,9 @@ def check_run(settings: FinetuneSettings) -> None:
             f"--evaluations {5 * run.patience}, or less patience",
         )
     given = {"patience": run.patience, "checkpoints": run.checkpoints, "checkpoint_steps": run.checkpoint_steps, "report_to": run.report_to}
+    alone = settings.objective.objective in ("multitask", "dpo", "reward") or settings.objective.loss is not None
+    if run.processes > 1 and alone:
+        raise InvalidInput("objectives multitask, dpo and reward and a loss of your own train in one process", "leave --processes out")
     lacking = [name for name, value in (*given.items(), ("processes", run.processes > 1)) if value]
     if engine == "olive" and lacking:
         raise InvalidInput(f"engine olive: Olive's pass has no {', '.join(lacking)}", "leave it out, or use --engine peft")
@@ -124,34 +121,17 @@ def resolve_base(model: str | Path) -> Path:
     return artifact.require_model(folder)
 
 
-def prepare(base: Path, data: str | Path, settings: FinetuneSettings, draft: Draft, package: QuantizedBase | None) -> Material:
-    """Read, split and encode the rows; every loss on the way is a warning of the draft."""
-    given = settings.data
-    if package is not None and package.is_float:
-        draft.warn(f"quantized_base: the weights of {package.folder} are not quantized: this trains on the model itself")
-    rows, validation, templates = load_splits(data, validation=given.validation, rows=given.rows, max_rows=given.max_rows)
-    interface, warnings = choose_interface(
-        base,
-        rows,
-        prompt_template=given.prompt_template or templates.prompt_template,
-        completion_template=given.completion_template or templates.completion_template,
-        train_on=given.train_on,
-        stop_token=given.stop_token,
-        max_length_tokens=given.max_length_tokens,
-    )
-    interface = methods.leave_room(interface, base, settings.method)
-    progress.say(f"stop token: {interface.stop_reason}")
-    asked = {"prompt_template": interface.prompt_template, "completion_template": interface.completion_template}
-    if validation is None:
-        rows, validation = split(rows, given.validation_share, settings.run.seed, **asked)
-    elif shared := overlap(rows, validation, **asked):
-        warnings.append(f"{shared} validation rows stand in the training data too: the validation loss is too good")
-    tokenizer = Tokenizer.load(base)
-    train = encode_rows(rows, tokenizer, interface)
-    held_out = encode_rows(validation, tokenizer, interface) if validation else Corpus.empty()
-    for warning in (*warnings, *train.warnings):
-        draft.warn(warning)
-    return Material(package, interface, train, held_out, validation)
+def prepare(objective: str, task: Task) -> Material:
+    """Read, split and encode what the objective trains on; every loss on the way is a warning of the draft."""
+    if task.package is not None and task.package.is_float:
+        task.draft.warn(f"quantized_base: the weights of {task.package.folder} are not quantized: this trains on the model itself")
+    material = objectives.prepare(objective, task)
+    if task.settings.forgetting.replay is None:
+        return material
+    material, warnings = forgetting.with_replay(material, task.settings, task.base)
+    for warning in warnings:
+        task.draft.warn(warning)
+    return material
 
 
 def train(base: Path, material: Material, settings: FinetuneSettings, draft: Draft, team: Team) -> Run:
@@ -163,12 +143,13 @@ def train(base: Path, material: Material, settings: FinetuneSettings, draft: Dra
         raise InvalidInput(
             "patience: there are no validation rows to see by whether the run still learns", "give --validation, or leave it out"
         )
+    rows, held_out = material.train, material.validation
     return engines.train_with_peft(
-        base, material.train, material.validation, settings, draft.folder, material.package, out=draft.out, team=team
+        base, rows, held_out, settings, draft.folder, material.package, material.course, out=draft.out, team=team
     )
 
 
-def finish(draft: Draft, base: Path, data: str | Path, material: Material, trained: Run, settings: FinetuneSettings) -> None:
+def finish(draft: Draft, base: Path, data: str | Path | None, material: Material, trained: Run, settings: FinetuneSettings) -> None:
     """Write what lies beside the adapter, and the manifest's fields."""
     from slmops.training.curve import write_curve
 
@@ -181,14 +162,18 @@ def finish(draft: Draft, base: Path, data: str | Path, material: Material, train
     with (draft.folder / "validation.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in material.validation_rows)
     draft.add_input("base", base)
-    draft.add_input("dataset", data)
+    files = objectives.files_of(settings) if data is None else {"dataset": data} | objectives.files_of(settings)
+    for role, place in files.items():
+        draft.add_input(role, place)
     package = material.package
     if package is not None:
         draft.add_input(quantized_base.ROLE, package.folder, package.sha256)
     draft.interface = material.interface.model_dump(mode="json")
-    draft.metrics = {"train_loss": {"value": trained.train_loss}, "validation_loss": {"value": trained.validation_loss}}
+    metrics, facts = material.course.close(trained, draft.folder) if material.course.close is not None else ({}, {})
+    draft.metrics = {"train_loss": {"value": trained.train_loss}, "validation_loss": {"value": trained.validation_loss}} | metrics
     corpus = material.train
     draft.facts = {
+        "objective": settings.objective.objective,
         "method": settings.method.method,
         "engine": settings.method.engine,
         "rows": corpus.rows,
@@ -199,10 +184,12 @@ def finish(draft: Draft, base: Path, data: str | Path, material: Material, train
         "peak_memory_bytes": trained.peak_memory_bytes,
         "trainable_parameters": trained.trainable_parameters,
         "stop_reason": material.interface.stop_reason,
-        "roads": methods.find_roads(draft.folder, base, settings.method),
+        "roads": material.course.facts.get("roads") or methods.find_roads(draft.folder, base, settings.method),
         **({quantized_base.ROLE: package.facts} if package is not None else {}),
         **({"differs_from_peft": list(engines.OLIVE_DIFFERS)} if settings.method.engine == "olive" else {}),
         **told_by_history(draft, trained, engines.total_steps(settings, corpus.rows)),
+        **material.course.facts,
+        **facts,
     }
 
 

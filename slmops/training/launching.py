@@ -31,7 +31,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _KINDS = {kind.exit_code: kind for kind in (errors.RunFailed, errors.InvalidInput, errors.Unavailable, errors.BadArtifact)}
 
 
-def launch(model: str | Path, data: str | Path, out: Path, settings: FinetuneSettings) -> Artifact:
+def launch(model: str | Path, data: str | Path | None, out: Path, settings: FinetuneSettings) -> Artifact:
     """Train with `settings.run.processes` workers on this machine.
 
     Raises:
@@ -45,7 +45,7 @@ def launch(model: str | Path, data: str | Path, out: Path, settings: FinetuneSet
         raise Unavailable(f"{count} processes on {gpus} GPUs: each needs one of its own", f"--processes {gpus}")
     with TemporaryDirectory(prefix="slmops-processes-") as scratch:
         work = Path(scratch)
-        job = {"model": str(model), "data": str(data), "out": str(out), "settings": flat(settings, given=True)}
+        job = {"model": str(model), "data": None if data is None else str(data), "out": str(out), "settings": flat(settings, given=True)}
         (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
         port = _free_port()
         workers = [_start(work, index, count, port, settings.run.threads, gpus) for index in range(count)]

@@ -71,6 +71,7 @@ class SupervisedTrainer(ResumableTrainer):
         seed: of the order of batches.
         layout: how batches reach the model.
         keep: called with the model whenever the validation loss is the lowest so far.
+        order: batches of row numbers (`Batches`, or a `Mixture`); None: every row once an epoch.
     """
 
     def __init__(
@@ -82,10 +83,11 @@ class SupervisedTrainer(ResumableTrainer):
         seed: int,
         layout: Layout,
         keep: Any,
+        order: Any = None,
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=Rows(train_rows), eval_dataset=Rows(validation_rows))  # type: ignore[arg-type]
         self.validation_rows = validation_rows
-        self.order = Batches([len(ids) for ids, _ in train_rows], args.per_device_train_batch_size, seed)
+        self.order = order or Batches([len(ids) for ids, _ in train_rows], args.per_device_train_batch_size, seed)
         self.keep = keep
         self.best_loss = math.inf
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -120,20 +122,22 @@ class SupervisedTrainer(ResumableTrainer):
         return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measure the validation loss, in nats a supervised token; keep the adapter if it is the best so far."""
+        """Measure the validation loss; keep the adapter if it is the best so far."""
         if not self.validation_rows:
             return {}
-        model: Any = self.model
-        loss = self.shared_validation_loss(model, 4 * self.args.per_device_train_batch_size)
-        if loss < self.best_loss:
-            self.best_loss = loss
-            self.keep(model)
-        metrics = {"eval_loss": loss}
+        metrics = self.measure()
+        if metrics["eval_loss"] < self.best_loss:
+            self.best_loss = metrics["eval_loss"]
+            self.keep(self.model)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def shared_validation_loss(self, model: nn.Module, batch_size: int) -> float:
+    def measure(self) -> dict[str, float]:
+        """Return the validation loss, in nats a supervised token, as `eval_loss`."""
+        return {"eval_loss": self.shared_validation_loss(self.model, 4 * self.args.per_device_train_batch_size)}
+
+    def shared_validation_loss(self, model: Any, batch_size: int) -> float:
         """Return the mean loss over all validation rows, of which each process computes its share."""
         count, index, rows = self.accelerator.num_processes, self.accelerator.process_index, self.validation_rows
         if count == 1 or self.sharded:  # sharded, every process has to take part in every batch

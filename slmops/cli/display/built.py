@@ -8,6 +8,7 @@ from typing import Any
 
 from slmops.cli.display.figures import NONE, duration, estimate, number, size
 from slmops.cli.display.layout import Page, beside, shell
+from slmops.cli.display.learned import learned, objective, replayed
 
 
 def finetuned(page: Page, document: Mapping[str, Any]) -> None:
@@ -19,11 +20,14 @@ def finetuned(page: Page, document: Mapping[str, Any]) -> None:
     page.facts(
         [
             ("method", _joined(document.get("method"), f"engine {document['engine']}" if document.get("engine") else "")),
+            ("objective", objective(document)),
             ("base", _quantized(document.get("quantized_base"))),
             ("rows", _joined(_counted(document, "rows", "to train on"), _counted(document, "validation_rows", "for validation"))),
             ("tokens", _joined(_counted(tokens, "total", ""), _counted(tokens, "supervised", "supervised"))),
+            ("replay", replayed(document)),
             ("training loss", _metric(document, "train_loss")),
             ("validation loss", _metric(document, "validation_loss")),
+            ("pairs right", _metric(document, "pairwise_accuracy") if document.get("objective") == "reward" else ""),
             ("time", _joined(f"{duration(seconds)} in the loop{speed}" if seconds else "", f"{duration(document.get('seconds'))} in all")),
             ("ended early", _early(document.get("ended_early"))),
             ("peak memory", size(document.get("peak_memory_bytes"))),
@@ -33,6 +37,7 @@ def finetuned(page: Page, document: Mapping[str, Any]) -> None:
             *roads(document.get("roads")),
         ]
     )
+    learned(page, document)
     page.warnings(document)
     if out:
         page.next(*_after_training(out, document))
@@ -56,6 +61,8 @@ def roads(open_to: Any) -> list[tuple[str, str]]:
 
 def _after_training(out: str, document: Mapping[str, Any]) -> list[str]:
     """Return the next commands: along the roads that are open."""
+    if document.get("objective") == "reward":  # it gives no text
+        return [f"slmops evaluate {shell(out)} PAIRS"]
     evaluate = f"slmops evaluate {shell(out)} {shell(str(Path(out) / 'validation.jsonl'))}"
     if document.get("kind") == "model":
         return [f"slmops export {shell(out)} -o {beside(out, 'export')}"]

@@ -1,0 +1,91 @@
+"""How does a run train with a loss of the user's own? Rows padded on the right, their columns beside them, the loss called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from slmops.data import NOT_COUNTED, Encoded, Row
+from slmops.training.objectives.material import Setup
+from slmops.training.objectives.own_loss import LossBatch, OwnLoss
+from slmops.training.step import Padded
+from slmops.training.trainer import EpochBatches, SupervisedTrainer
+
+LossRow = tuple[Encoded, Row]
+
+
+class OwnLossTrainer(SupervisedTrainer):
+    """A `SupervisedTrainer` whose loss is the user's; an optimizer step takes the mean over its rows.
+
+    Args:
+        setup: of the run.
+        train: training rows, each with its columns.
+        validation: the same for validation; may be empty.
+        loss: see `slmops.training.objectives.own_loss`.
+        seed: of the order of batches.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, setup: Setup, train: Sequence[LossRow], validation: Sequence[LossRow], loss: OwnLoss, seed: int) -> None:
+        learned, held_out = ([(list(sequence.ids), list(sequence.labels)) for sequence, _ in rows] for rows in (train, validation))
+        super().__init__(setup.model, setup.arguments, learned, held_out, seed, Padded(setup.model), setup.keep, order=setup.course.order)
+        self.loss, self.own_rows, self.held_out = loss, _Rows(train), list(validation)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the length-grouped batches, as the loss is given them."""
+        loader = DataLoader(self.own_rows, batch_sampler=EpochBatches(self.order), collate_fn=collate_rows)  # type: ignore[arg-type]
+        return self.accelerator.prepare(loader)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
+        """Count the rows of an optimizer step, over its accumulated batches and all processes."""
+        count = sum(len(batch["rows"]) for batch in batch_samples)
+        if self.accelerator.num_processes > 1:
+            count = int(self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum"))  # type: ignore[arg-type]
+        return count
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Return the user's loss, weighted by the batch's share of the optimizer step's rows."""
+        rows = len(inputs["rows"])
+        return self.loss(model, inputs) * (rows / (num_items_in_batch or rows)) * self.accelerator.num_processes
+
+    def measure(self) -> dict[str, float]:
+        """Return the mean of the user's loss over the validation rows as `eval_loss`."""
+        model: Any = self.model
+        size = self.args.per_device_train_batch_size
+        total = 0.0
+        model.eval()
+        with torch.no_grad():
+            for start in range(0, len(self.held_out), size):
+                some = self.held_out[start : start + size]
+                total += float(self.loss(model, self._prepare_inputs(collate_rows(some)))) * len(some)  # type: ignore[arg-type]
+        model.train()
+        return {"eval_loss": total / len(self.held_out)}
+
+
+class _Rows(Dataset):
+    def __init__(self, rows: Sequence[LossRow]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> LossRow:
+        return self.rows[index]
+
+
+def collate_rows(rows: Sequence[LossRow]) -> LossBatch:
+    """Pad rows on the right into what a loss is given."""
+    longest = max(len(sequence.ids) for sequence, _ in rows)
+    ids = torch.zeros((len(rows), longest), dtype=torch.long)
+    labels = torch.full((len(rows), longest), NOT_COUNTED, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, (sequence, _) in enumerate(rows):
+        n = len(sequence.ids)
+        ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(sequence.ids), torch.tensor(sequence.labels), 1
+    prompts = torch.tensor([sequence.prompt_tokens for sequence, _ in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "prompt_tokens": prompts, "rows": [dict(row) for _, row in rows]}
