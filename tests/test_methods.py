@@ -62,8 +62,8 @@ def finetune(base: Path, rows: Path, out: Path, **overrides: Any) -> artifact.Ar
         **TEMPLATES,
         "validation": rows,
         "batch_size": 4,
-        "max_steps": 12,
-        "precision": "fp32",
+        "precision": "fp32",  # as what is loaded again runs, wherever auto would choose bf16
+        "max_steps": 8,
         "learning_rate": 3e-2 if overrides["method"] in ("ia3", "prompt") else 1e-2,
     }
     return slmops.finetune(base, rows, out=out, **(settings | overrides))
@@ -385,6 +385,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(name: str, base: Pat
         **TEMPLATES,
         validation=rows,
         batch_size=4,
+        precision="fp32",
         method=name,
         max_steps=8,
         learning_rate=1e-2,
@@ -508,7 +509,7 @@ def test_lost_biases_are_found(tmp_path: Path) -> None:
     merged = slmops.merge(finetune(base, rows, tmp_path / "bitfit", method="bitfit", max_steps=30).path, out=tmp_path / "merged")
     package = slmops.export(base, out=tmp_path / "package", precision="fp32").path
     found = slmops.verify(package, baseline=str(merged.path), data=[str(rows)], threads=1)  # pyright: ignore[reportAttributeAccessIssue]
-    assert not found.passed
+    assert found.failed_stage is not None
 
 
 @pytest.mark.slow

@@ -378,9 +378,9 @@ def test_the_weights_of_a_packed_base_are_those_of_its_export(base: Path, packag
 @pytest.mark.slow
 def test_a_float_export_is_allowed_and_said_to_be_pointless(base: Path, rows: Path, tmp_path: Path) -> None:
     package = make_export(tmp_path / "fp32", base, "fp32")
-    made = finetune(base, rows, tmp_path / "out", package, max_steps=2)
+    made = finetune(base, rows, tmp_path / "out", package, max_steps=2, precision="fp32")
     assert any("not quantized" in warning for warning in made.manifest.warnings)
-    alone = finetune(base, rows, tmp_path / "alone", None, max_steps=2)
+    alone = finetune(base, rows, tmp_path / "alone", None, max_steps=2, precision="fp32")
     assert adapter_bytes(made.path) == adapter_bytes(alone.path)
 
 
