@@ -374,7 +374,7 @@ def test_a_damaged_adapter_of_our_own_is_refused(fault: str, made: dict[str, art
 
 @pytest.mark.parametrize("name", ["bottleneck", "full", "prompt"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(name: str, base: Path, rows: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"method": name, "max_steps": 8, "lora_rank": None, "learning_rate": 1e-2}
+    settings: dict[str, Any] = {"method": name, "max_steps": 8, "lora_rank": None, "learning_rate": 1e-2, "precision": "fp32"}
     whole = finetune(base, rows, tmp_path / "whole", **settings)
     interrupted(6, base, rows, tmp_path / "out", **settings)
     resumed = slmops.finetune(
@@ -524,6 +524,31 @@ def test_qlora_keeps_its_effect_through_merge(tmp_path: Path) -> None:
     adapted = logits(hugging_face.load_adapted(base, made.path))
     merged = slmops.merge(made.path, out=tmp_path / "merged")
     assert nmse(logits(hugging_face.load_model(merged.path)), adapted) < 1e-10  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.slow
+def test_a_validation_changes_no_gradient_of_qlora(tmp_path: Path) -> None:
+    """bitsandbytes packs weights in eval mode on some processors, for a kernel that hands no gradient back, and leaves them so."""
+    import torch
+
+    pytest.importorskip("bitsandbytes")
+    base = make_model(tmp_path / "base")
+    model: Any = methods.load_base(base, quantized=True, precision="fp32")
+    model = disturb(methods.attach_adapter(model, MethodSettings(method="qlora")), 0.05)
+
+    def gradients() -> dict[str, Any]:
+        model.train().zero_grad()
+        ids = torch.tensor(IDS)
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=torch.tensor(IDS))
+    after = gradients()
+    assert set(before) == set(after) != set()
+    for name, gradient in before.items():
+        assert float((after[name] - gradient).norm()) <= 1e-5 * float(gradient.norm()), name
 
 
 def test_show_prints_the_roads(made: dict[str, artifact.Artifact], capsys: pytest.CaptureFixture[str]) -> None:

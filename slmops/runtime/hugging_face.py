@@ -60,6 +60,11 @@ def load_model(folder: Path, *, precision: str = "fp32", nf4: bool = False, devi
         raise BadArtifact(
             f"{folder} cannot be loaded: {' '.join(str(error).split())[:200]}", "download or convert the model again"
         ) from error
+    for module in model.modules() if nf4 else ():
+        # In eval mode, on a CPU with AVX512-BF16, bitsandbytes 0.50 packs weights for a kernel that has no gradient, and leaves them
+        # packed: after the first validation the adapters below a layer would learn from a part of their gradient, without a word.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     missing = sorted(report.get("missing_keys") or [])
     if missing:
         raise BadArtifact(f"{folder} lacks {len(missing)} weights, such as {missing[0]}", "download or convert the model again")
