@@ -44,6 +44,7 @@ PROVIDED_BY = {
     "datasets": ("datasets", "train"),
     "jinja2": ("jinja2", "runtime"),
     "matplotlib": ("matplotlib", "train"),
+    "mlflow": ("mlflow-skinny", "mlflow"),
     "numpy": ("numpy", "runtime"),
     "olive": ("olive-ai", "olive"),
     "onnx": ("onnx", "train"),
@@ -54,10 +55,12 @@ PROVIDED_BY = {
     "psutil": ("psutil", "runtime"),
     "pyarrow": ("pyarrow", "train"),
     "safetensors": ("safetensors", "train"),
+    "tensorboard": ("tensorboard", "tensorboard"),
     "tokenizers": ("tokenizers", "runtime"),
     "torch": ("torch", "train"),
     "transformers": ("transformers", "train"),
     "trl": ("trl", "preference"),
+    "wandb": ("wandb", "wandb"),
 }
 
 # Every variable that a dependency reads to send nothing (STACK: olive, onnxruntime >= 1.29, genai, huggingface_hub).
@@ -67,6 +70,8 @@ NO_TELEMETRY = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "1",
+    "WANDB_ERROR_REPORTING": "false",
 }
 
 
@@ -194,6 +199,16 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def process_index() -> int:
+    """Return which of a launcher's processes this is (`accelerate launch`, torchrun); the first, 0, speaks for all."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def own_gpu() -> str:
+    """Return where a process of a launcher's puts a model on a machine with GPUs: its own one, or, alone, wherever there is room."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "auto"
 
 
 def need_disk(folder: Path, size_bytes: int, what: str) -> None:

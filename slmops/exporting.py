@@ -8,7 +8,6 @@ read back and checked against what was asked, and run.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,27 +17,17 @@ from slmops.artifact import Artifact, Draft
 from slmops.config import ExportSettings, flat, load
 from slmops.data import Interface, choose_interface
 from slmops.data.tokenizer_files import copy_tokenizer
-from slmops.errors import BadArtifact, RunFailed, Unavailable
+from slmops.errors import RunFailed, Unavailable
 from slmops.graph import checking
 from slmops.graph.recipes import Recipe, recipe_for
+from slmops.graph.shapes import DEFAULT_POSITIONS, Shape, read_shape, refuse_unrunnable
 from slmops.runtime import hugging_face
 from slmops.verification import self_test
 
-_DEFAULT_MAX_LENGTH = 2048
 # Peak memory of the builder's process and of the quantizer, over the model's float32 bytes (measured: 135 M shape 2.2).
 _MEMORY_FACTOR = 2.5
-_HEAD_DIM_MULTIPLE = 16
 # Of each matrix, for the look at the fine-tune before it is quantized: enough for figures within some percent.
 _PLANNED_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a model's config says of it, before any weight is loaded."""
-
-    architecture: str
-    head_dim: int
-    positions: int
 
 
 def export(model: str | Path, *, out: str | Path, config: Any = None, **overrides: Any) -> Artifact:
@@ -70,8 +59,9 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
         _foretell(draft, source, found, settings)
         write_export(draft, source, interface, target, recipe)
         run_once(draft.folder, interface)
-        adapter = found.find("adapter") if found is not None else None
-        prompts = self_test.prompts_of(adapter, source, interface) if adapter is not None else []
+        # Of a merged model its adapter has the validation rows, a model that was trained as a whole has them itself.
+        tuned = (found.find("adapter") or source) if found is not None else None
+        prompts = self_test.prompts_of(tuned, source, interface) if tuned is not None else []
         self_test.record(draft.folder, draft.interface, draft.facts, {"": prompts})
     return draft.done()
 
@@ -84,11 +74,7 @@ def preflight(model: Path, out: Path) -> Shape:
         RunFailed: too little memory or disk.
     """
     shape = read_shape(model)
-    if shape.head_dim % _HEAD_DIM_MULTIPLE:
-        raise Unavailable(
-            f"head_dim is {shape.head_dim}, and onnxruntime's attention with rotary embeddings runs multiples of {_HEAD_DIM_MULTIPLE} only",
-            f"take a base whose hidden_size / num_attention_heads is a multiple of {_HEAD_DIM_MULTIPLE}; this one still fine-tunes, merges and evaluates in PyTorch",
-        )
+    refuse_unrunnable(shape)
     float32_bytes = 4 * hugging_face.parameter_count(model)
     needed, (_, available) = round(_MEMORY_FACTOR * float32_bytes), environment.memory_bytes()
     if available and needed > available:
@@ -98,25 +84,6 @@ def preflight(model: Path, out: Path) -> Shape:
         )
     environment.need_disk(out.parent, 2 * float32_bytes, "the export")
     return shape
-
-
-def read_shape(model: Path) -> Shape:
-    """Read what preflight needs from `config.json`.
-
-    Raises:
-        Unavailable: the builder does not know the architecture.
-        BadArtifact: the config is broken.
-    """
-    path = model / "config.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        architecture = str(content["architectures"][0])
-        targets.builder_class(architecture)  # first: the config of another family may lack all of the fields below
-        text = content.get("text_config", content)
-        head_dim = int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
-        return Shape(architecture, head_dim, int(text.get("max_position_embeddings") or _DEFAULT_MAX_LENGTH))
-    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise BadArtifact(f"{path} does not describe a decoder ({error!r})", "give a ...ForCausalLM model") from None
 
 
 def _export_adapter(adapter: Path, out: Path, settings: ExportSettings) -> Artifact:
@@ -152,7 +119,7 @@ def choose_bounded_interface(source: Path, found: Artifact | None, shape: Shape,
         asked: longest prompt and answer together, as the user wants it.
         draft: takes the warnings.
     """
-    limit = min(asked or _DEFAULT_MAX_LENGTH, shape.positions)
+    limit = min(asked or DEFAULT_POSITIONS, shape.positions)
     if found is not None and found.manifest.interface is not None:
         interface = Interface.model_validate(found.manifest.interface)
     else:

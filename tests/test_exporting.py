@@ -15,7 +15,7 @@ import slmops
 from slmops import artifact
 from slmops.data import Interface
 from slmops.errors import BadArtifact, InvalidInput, RunFailed, SlmopsError, Unavailable
-from slmops.exporting import read_shape
+from slmops.graph.shapes import read_shape
 from slmops.runtime.hugging_face import parameter_count
 
 _LLAMA = {

@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def finetune(place: Path, data: str, out: Path, **overrides: Any) -> artifact.Artifact:
-    settings: dict[str, Any] = {"lora_rank": 4, "batch_size": 4, "learning_rate": 1e-2, "max_steps": 6, "threads": 1}
+    settings: dict[str, Any] = {"lora_rank": 4, "batch_size": 4, "learning_rate": 1e-2, "max_steps": 6, "threads": 1, "precision": "fp32"}
     return slmops.finetune(place / "base", place / data, out=out, **(settings | overrides))
 
 

@@ -46,6 +46,15 @@ HEAVY_ALLOWED = {
     "training/trainer.py": {"transformers", "torch"},
     "training/objectives/own_loss_trainer.py": {"torch"},
     "training/objectives/trl_trainers.py": {"datasets", "torch", "transformers", "trl"},
+    "training/resuming.py": {"transformers", "torch"},
+    "training/watching.py": {"transformers"},
+    # The step is torch: autograd's functions and annotations of tensors throughout.
+    **{f"training/step/{path.name}": {"torch"} for path in (PACKAGE / "training" / "step").glob("*.py")},
+    "training/methods/allocation.py": {"transformers", "torch"},
+    "runtime/prompts.py": {"peft", "torch"},
+    "runtime/native/biases.py": {"torch"},
+    "runtime/native/bottleneck.py": {"torch"},
+    "runtime/native/representation.py": {"torch"},
     "graph/builder_process.py": {"torch", "transformers", "onnx_ir"},
 }
 SETTINGS = [value for name, value in vars(config).items() if name.endswith("Settings") and name != "Settings" and isinstance(value, type)]

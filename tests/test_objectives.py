@@ -52,7 +52,15 @@ def preferred(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def finetune(base: Path, data: Path | None, out: Path, **overrides: Any) -> artifact.Artifact:
-    settings: dict[str, Any] = {"lora_rank": 4, "batch_size": 4, "learning_rate": 1e-2, "max_steps": 4, "validation": data, "threads": 1}
+    settings: dict[str, Any] = {
+        "lora_rank": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_steps": 4,
+        "validation": data,
+        "threads": 1,
+        "precision": "fp32",
+    }
     return slmops.finetune(base, data, out=out, **{key: value for key, value in (settings | overrides).items() if value is not None})
 
 

@@ -25,7 +25,7 @@ from slmops import environment, progress
 from slmops.adapters.sources import Source, ground_warnings, ranks_of, refuse_uncombinable, refuse_unequal_ranks
 from slmops.config import MergeSettings
 from slmops.errors import BadArtifact, InvalidInput, RunFailed, Unavailable
-from slmops.runtime import hugging_face
+from slmops.runtime import hugging_face, native
 
 COMBINED = "combined"
 _EXACT = 1e-5  # relative, in float32
@@ -198,6 +198,8 @@ def fold(adapted: Any) -> Any:
         Unavailable: PEFT has no weights to put a part of it into (a bias where the base has none).
         RunFailed: the merged weights are not finite.
     """
+    if hasattr(adapted, "slmops_adapter"):
+        return native.fold_own(adapted)
     try:
         return adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:

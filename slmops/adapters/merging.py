@@ -137,7 +137,7 @@ def _untie(draft: Draft, adapted: Any) -> None:
     from peft.tuners.lora import LoraLayer
     from torch.nn import Parameter
 
-    network: Any = adapted.get_base_model()
+    network: Any = adapted.get_base_model() if hasattr(adapted, "get_base_model") else adapted
     table, head = network.get_input_embeddings(), network.get_output_embeddings()
     if not network.config.tie_word_embeddings or not any(isinstance(layer, LoraLayer) for layer in (table, head)):
         return

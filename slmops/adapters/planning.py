@@ -35,7 +35,7 @@ from slmops import progress, targets
 from slmops.adapters.combining import fold, load_merger, preflight
 from slmops.adapters.sources import Source, agreed_interface, read_sources
 from slmops.config import MergeSettings
-from slmops.errors import RunFailed
+from slmops.errors import InvalidInput, RunFailed
 from slmops.graph.linears import Linear
 from slmops.graph.quantization import Scheme, quantize
 from slmops.graph.recipes import Recipe, recipe_for
@@ -212,7 +212,13 @@ def plan_merge(given: Sequence[str | Path], settings: MergeSettings, unwritten: 
     unheeded = [f"--plan writes nothing: {unwritten} was not written"] if unwritten is not None else []
     warnings = (*merger.warnings, *agreed_interface(sources)[1], *unheeded)
     recipe = recipe_for(settings.precision or "int4", settings.block_size)
-    return plan_changes(changes, recipe, total=len(after), adapters=[source.name for source in sources], warnings=warnings)
+    plan = plan_changes(changes, recipe, total=len(after), adapters=[source.name for source in sources], warnings=warnings)
+    if not plan.layers:
+        raise InvalidInput(
+            f"plan: {', '.join(plan.adapters)} changes no matrix, and nothing else is quantized: there is nothing to foretell",
+            "leave --plan out: merging is exact",
+        )
+    return plan
 
 
 def plan_model(tuned: Path, base: Path, recipe: Recipe, *, most_rows: int | None = None) -> Plan | None:

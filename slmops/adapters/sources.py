@@ -86,7 +86,7 @@ def refuse_uncombinable(sources: Sequence[Source]) -> None:
         BadArtifact: they learned on different quantized weights of the base.
     """
     for source in sources:
-        kind = source.details.get("peft_type")
+        kind = carrying.type_of(source.details)
         if kind != "LORA":
             raise Unavailable(
                 f"{source.name} is an adapter of type {kind}, and only LoRA adapters can be combined", "merge it alone, or leave it out"
@@ -182,7 +182,9 @@ def _split(item: str | Path) -> tuple[str | None, Path]:
 
 
 def _read(name: str, folder: Path, base: str | None) -> Source:
-    found = artifact.checked(folder, "adapter", "give the folder that `slmops finetune` wrote")
+    found = artifact.checked(
+        folder, "adapter", f"a model needs no merge: slmops export {folder} -o EXPORT; of a fine-tune give the adapter"
+    )
     details = hugging_face.read_adapter_config(folder)
     carrying.refuse_unmergeable(folder, details)
     return Source(name, folder, found, details, hugging_face.find_base(folder, found, details, base))

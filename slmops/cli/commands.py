@@ -21,7 +21,7 @@ COMMANDS = {
     "quickstart": Entry("Start", "The whole road on a built-in demo, offline, in under 3 minutes.", "starting:quickstart"),
     "doctor": Entry("Start", "Check this machine: versions, providers, memory, and what to do about problems.", "starting:doctor"),
     "data": Entry("Build", "Look at a dataset, or clean and split it.", "commands:data"),
-    "finetune": Entry("Build", "Train an adapter on a model from a data file.", "building:finetune"),
+    "finetune": Entry("Build", "Train an adapter, or the whole model, from a data file.", "building:finetune"),
     "merge": Entry("Build", "Merge adapters into their base model, or several into one.", "building:merge"),
     "export": Entry("Build", "Turn a model into a quantized ONNX package.", "building:export"),
     "pack": Entry("Build", "Put several adapters on one quantized base, switched at run time.", "building:pack"),

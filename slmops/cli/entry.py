@@ -12,6 +12,7 @@ import click
 
 from slmops.cli.commands import root
 from slmops.cli.session import DEBUG
+from slmops.environment import process_index
 from slmops.errors import InvalidInput, RunFailed, SlmopsError, Unavailable
 
 INTERRUPTED = 130
@@ -45,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             traceback.print_exception(error)
         problem = as_slmops_error(error)
         if isinstance(problem, Interrupted) and _command(words) == "finetune":
-            problem = Interrupted("interrupted; the same command with --resume goes on where it stopped")
-        if "--json" in asked:
+            problem = Interrupted("interrupted; the same command with --resume goes on from the last checkpoint, if there was one")
+        if process_index() and problem.exit_code != RunFailed.exit_code:
+            sys.exit(problem.exit_code)  # the first process of the launcher says the same
+        if "--json" in asked and not process_index():
             _write_error(problem, _command(words), time.perf_counter() - started)
         _say(problem)
         sys.exit(problem.exit_code)

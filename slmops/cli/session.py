@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import click
 
-from slmops import progress
+from slmops import environment, progress
 
 GATE_NOT_MET = 5
 DEBUG = "debug"
@@ -46,10 +46,12 @@ def perform(command: str, work: Callable[[], Any], *, as_json: bool, quiet: bool
     context = click.get_current_context()
     with results_only() as stdout, nullcontext() if context.obj is DEBUG else libraries_quiet():
         context.obj = session = Session(stdout, as_json)
-        with watcher(quiet=quiet) as sink, progress.watch(sink):
+        follows = environment.process_index() > 0
+        with watcher(quiet=quiet or follows) as sink, progress.watch(sink):
             result = work()
         document = completed(result, command, time.perf_counter() - started)
-        show(document, command, session)
+        if not follows:
+            show(document, command, session)
     if document.get("passed") is False:
         raise click.exceptions.Exit(GATE_NOT_MET)
 

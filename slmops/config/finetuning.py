@@ -88,18 +88,46 @@ class ForgettingSettings(Settings):
     replay_share: float = setting(0.1, "share of --replay in the rows of an epoch", gt=0, lt=1)
 
 
+MethodName = Literal[
+    "full",
+    "lora",
+    "qlora",
+    "dora",
+    "rslora",
+    "adalora",
+    "loha",
+    "lokr",
+    "ia3",
+    "prefix",
+    "prompt",
+    "p-tuning",
+    "bottleneck",
+    "bitfit",
+    "loreft",
+]
+
+
 class MethodSettings(Settings):
     """What is trained."""
 
-    method: Literal["lora", "qlora"] = setting("lora", "lora, or qlora: the base frozen in 4 bits")
+    method: MethodName = setting("lora", "what is trained, on a frozen base (full: the whole model); docs/methods.md says which to take")
     engine: Literal["peft", "olive"] = setting("peft", "who trains: slmops's own trainer with PEFT, or Olive's pass")
-    lora_rank: int = setting(16, "rank of the adapter", ge=1, le=1024)
-    lora_alpha: float | None = setting(None, "scale of the adapter: alpha / rank (default: 2 x rank)", gt=0)
+    lora_rank: int = setting(16, "rank of the adapter (adalora: mean rank that is left at the end)", ge=1, le=1024)
+    lora_alpha: float | None = setting(
+        None, "scale of the adapter: alpha / rank (default: 2 x rank); rslora: alpha / sqrt(rank) (default: 8)", gt=0
+    )
     lora_dropout: float = setting(0.0, "dropout on the adapter's input", ge=0, lt=1)
     quantized_base: Path | None = setting(
         None, "export or package of MODEL whose quantized weights are the frozen base: the adapter learns around their error"
     )
     target_modules: list[str] | None = setting(None, "linear layers to adapt, by name (default: all of them)")
+    virtual_tokens: int = setting(20, "learned positions before each row: prefix, prompt and p-tuning", ge=1, le=1024)
+    encoder_size: int | None = setting(
+        None, "width of the small network that makes them: prefix and p-tuning (default: the model's own width)", ge=1
+    )
+    bottleneck_size: int = setting(64, "width that a bottleneck layer narrows to", ge=1)
+    reft_rank: int = setting(4, "dimensions of the hidden representation that loreft edits", ge=1)
+    reft_positions: int | None = setting(None, "loreft edits the first N tokens of a row (default: every token)", ge=1)
 
 
 class OptimizerSettings(Settings):
@@ -125,7 +153,18 @@ class RunSettings(Settings):
     threads: int | None = setting(None, "threads (default: one for a tiny model, else all cores)", ge=1)
     seed: int = setting(0, "seed of everything random: two runs on one machine give the same adapter", ge=0)
     evaluations: int = setting(4, "how often in the run validation is measured and the best adapter kept", ge=1)
-    resume: bool = setting(False, "go on from the checkpoint of a run that was stopped")
+    patience: int | None = setting(
+        None, "end the run after so many evaluations in a row without a lower validation loss (default: never)", ge=1
+    )
+    checkpoints: int | None = setting(
+        None, "how often in the run all that --resume needs is written (default: as often as validation is measured)", ge=0
+    )
+    checkpoint_steps: int | None = setting(None, "write it every so many optimizer steps instead", ge=1)
+    resume: bool = setting(False, "go on from the last checkpoint of a run that was stopped")
+    report_to: list[Literal["tensorboard", "mlflow", "wandb"]] | None = setting(
+        None, "send the figures of the run to tensorboard, mlflow or wandb too (on this machine: wandb stays offline)"
+    )
+    processes: int = setting(1, "processes that share every batch, on this machine: what is learned stays the same", ge=1, le=64)
     force: bool = setting(False, "replace an output folder that slmops wrote")
 
 

@@ -34,12 +34,22 @@ _REASONS = {
     "init_lora_weights": "its initialization ({value}) takes a part out of the base",
     "fan_in_fan_out": "its layers hold their weights transposed",
 }
-# PEFT types whose effect lies in the weights, so that a merged model has it.
-IN_THE_WEIGHTS = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT")
+OWN_TYPE = "slmops_type"
+"""Names the kind of an adapter of slmops's own (`slmops.runtime.native`), where PEFT writes `peft_type`."""
+# Types whose effect lies in the weights, so that a merged model has it: PEFT's, and BITFIT, which is ours.
+IN_THE_WEIGHTS = ("LORA", "ADALORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT", "BITFIT")
+_BESIDE_THE_WEIGHTS = {
+    "PREFIX_TUNING": "learned keys and values stand before each text, and no weight holds them",
+    "PROMPT_TUNING": "learned positions stand before each text, and no weight holds them",
+    "P_TUNING": "learned positions stand before each text, and no weight holds them",
+    "BOTTLENECK": "its layers are not linear, and no weight of the base can do what they do",
+    "LOREFT": "it edits what flows between the layers, past their skip connections, where the base has no weight",
+}
 # But for what one weight cannot say.
 _NOT_IN_THE_WEIGHTS = {
     "alora_invocation_tokens": "it is off until certain tokens come (aLoRA)",
     "layer_replication": "layers that it repeats share one weight in the base and differ with it",
+    "without_place": "the architecture of its base has no biases, and a model's folder no place for those that it added",
 }
 # PEFT takes the part out of the base again when it loads the adapter: the same one only where nothing is random or measured.
 _REPEATABLE_INITS = (*_CARRIED_INITS, None, "pissa", "olora")
@@ -63,7 +73,7 @@ def refuse_uncarried(adapter: Path, config: dict[str, Any], tensors: Collection[
         return
     refuse_unrepeatable(adapter, config)
     biases = [name.removeprefix("base_model.model.").replace(".lora_B.bias", ".bias") for name in tensors if name.endswith(".lora_B.bias")]
-    if config.get("peft_type") in IN_THE_WEIGHTS and not not_in_weights(config) and all(name in parameters for name in biases):
+    if not not_in_weights(config) and all(name in parameters for name in biases):
         way = f"give it a package of its own: slmops merge {adapter} -o MERGED, then slmops export MERGED -o PACKAGE"
     else:
         way = _ONLY_IN_PYTORCH
@@ -77,12 +87,17 @@ def refuse_unmergeable(adapter: Path, config: dict[str, Any]) -> None:
         adapter: the PEFT folder.
         config: its `adapter_config.json`.
     """
-    kind = config.get("peft_type")
-    if kind not in IN_THE_WEIGHTS:
+    kind = type_of(config)
+    if kind not in IN_THE_WEIGHTS and kind not in _BESIDE_THE_WEIGHTS:
         raise Unavailable(f"adapters of type {kind} cannot be merged", f"these can: {', '.join(name.lower() for name in IN_THE_WEIGHTS)}")
     reasons = not_in_weights(config)
     if reasons:
         raise Unavailable(f"{adapter} cannot be merged: {'; '.join(reasons)}", _ONLY_IN_PYTORCH)
+
+
+def type_of(config: dict[str, Any]) -> str | None:
+    """Return the type of an adapter, PEFT's or slmops's own."""
+    return config.get("peft_type") or config.get(OWN_TYPE)
 
 
 def refuse_unrepeatable(adapter: Path, config: dict[str, Any]) -> None:
@@ -98,12 +113,15 @@ def refuse_unrepeatable(adapter: Path, config: dict[str, Any]) -> None:
 
 def not_in_weights(config: dict[str, Any]) -> list[str]:
     """Say what of an adapter no weights can say."""
+    kind = type_of(config)
+    if kind not in IN_THE_WEIGHTS:
+        return [_BESIDE_THE_WEIGHTS.get(str(kind), f"its type is {kind}, which slmops cannot merge")]
     return [reason for key, reason in _NOT_IN_THE_WEIGHTS.items() if config.get(key)]
 
 
 def uncarried(config: dict[str, Any]) -> list[str]:
     """Say what of an adapter pairs cannot carry; nothing where they carry it all."""
-    kind = config.get("peft_type")
+    kind = type_of(config)
     if kind != "LORA":
         return [f"its type is {kind}, and only LoRA is a pair of matrices beside a layer"]
     reasons = []

@@ -7,6 +7,8 @@ With the same rows, settings and seed the result is bit for bit that of PEFT und
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +21,10 @@ from slmops.errors import InvalidInput, RunFailed
 from slmops.olive_backend.linears import adapted, choose_targets, linear_layers
 from slmops.olive_backend.process import execute
 from slmops.olive_backend.requirements import require_olive
-from slmops.olive_backend.workflow import Recipe, compose
+from slmops.olive_backend.workflow import VARIANTS, WITHOUT_DROPOUT, Recipe, compose
 
+# What PEFT calls a layer's tensors, behind the layer's name: LoRA and DoRA, LoHa, LoKr.
+_TENSOR = re.compile(r"\.(lora|hada|lokr)_\w+(\.weight)?$")
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -59,6 +63,7 @@ def train_adapter(
     max_gradient_norm: float,
     seed: int,
     threads: int = 1,
+    variant: str = "LoRA",
 ) -> OliveRun:
     """Train an adapter with Olive and write its PEFT files into `folder`; beside it, a work folder lives meanwhile.
 
@@ -82,6 +87,7 @@ def train_adapter(
         max_gradient_norm: gradients are clipped to it.
         seed: of the adapter's initial weights, the dropout and the order of rows.
         threads: of its operators.
+        variant: Olive's pass: LoRA, DoRA, LoHa or LoKr; with `quantized`, LoRA.
 
     Raises:
         InvalidInput: a setting that Olive's pass cannot honour, or no rows.
@@ -95,6 +101,7 @@ def train_adapter(
         )
     if not rows:
         raise InvalidInput("there are no rows to train on", "give at least one")
+    refuse_variant(variant, quantized=quantized, dropout=dropout)
     require_olive("for --method qlora with --engine olive" if quantized else "for --engine olive", quantized=quantized)
     recipe = Recipe(
         quantized=quantized,
@@ -110,9 +117,19 @@ def train_adapter(
         weight_decay=weight_decay,
         max_gradient_norm=max_gradient_norm,
         seed=seed,
+        variant=variant,
     )
     layers = linear_layers(base)
     return _run(base, rows, folder, recipe, layers, choose_targets(layers, target_modules, quantized=quantized), threads)
+
+
+def refuse_variant(variant: str, *, quantized: bool, dropout: float) -> None:
+    """Raise InvalidInput where Olive has no such pass, or would leave a setting out without a word."""
+    if variant not in VARIANTS or (quantized and variant != "LoRA"):
+        known = ", ".join(VARIANTS)
+        raise InvalidInput(f"Olive has no {'quantized ' if quantized else ''}pass {variant}", f"it has {known}, and QLoRA")
+    if dropout and variant in WITHOUT_DROPOUT:
+        raise InvalidInput(f"lora_dropout {dropout}: PEFT's {variant} has no dropout on the input, and Olive drops it", "leave it out")
 
 
 def _run(
@@ -149,23 +166,24 @@ def _check_layers(adapter: Path, expected: Sequence[str]) -> int:
 
     with safe_open(adapter / _WEIGHTS, framework="np") as tensors:
         shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118  (no mapping)
-    found = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in shapes}
+    found = {_TENSOR.sub("", name.removeprefix("base_model.model.")) for name in shapes}
     wrong = sorted(found.symmetric_difference(expected))
     if wrong:
         raise RunFailed(
             f"Olive adapted {len(found)} layers, and {len(expected)} were asked for; the first that differs: {wrong[0]}",
             "use --engine peft",
         )
-    sizes = [rows * columns for rows, columns in shapes.values()]
-    return sum(sizes)
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 def _write(adapter: Path, folder: Path, base: Path) -> None:
     """Copy the PEFT files, the config in the form that PEFT itself writes."""
     shutil.copyfile(adapter / _WEIGHTS, folder / _WEIGHTS)
     details = json.loads((adapter / _CONFIG).read_text(encoding="utf-8"))
-    if float(details["lora_alpha"]).is_integer():
-        details["lora_alpha"] = int(details["lora_alpha"])  # Olive's field is a float
+    scale = "lora_alpha" if "lora_alpha" in details else "alpha"
+    if float(details[scale]).is_integer():
+        details[scale] = int(details[scale])  # Olive's field is a float
+    details["task_type"] = "CAUSAL_LM"  # left out of LoHa's and LoKr's (lora.py:604 and :668)
     details["target_modules"] = sorted(details["target_modules"])  # a set in PEFT: its order follows the hash seed
     details["base_model_name_or_path"] = str(base)
     artifact.write_json(folder / _CONFIG, details)

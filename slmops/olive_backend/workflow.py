@@ -15,6 +15,10 @@ from slmops.errors import InvalidInput
 # The component in it is `slmops_token_rows`; it also seeds the adapter's initial weights.
 USER_SCRIPT = Path(__file__).with_name("user_script.py")
 
+VARIANTS = ("LoRA", "DoRA", "LoHa", "LoKr")
+# Their passes take the setting, as a LoRA pass does, and PEFT's configs of them have no such thing (olive 0.13, lora.py:589 and :636).
+WITHOUT_DROPOUT = ("LoHa", "LoKr")
+
 # transformers' "constant" ignores the warm-up.
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
@@ -36,6 +40,8 @@ class Recipe:
     weight_decay: float
     max_gradient_norm: float
     seed: int
+    variant: str = "LoRA"
+    """Olive's pass where the base is not quantized: LoRA, DoRA, LoHa or LoKr."""
 
     def steps(self, rows: int) -> int:
         """Return the number of optimizer steps, counted as slmops's own trainer counts them."""
@@ -68,6 +74,8 @@ def compose(base: Path, rows_file: Path, rows: int, work: Path, recipe: Recipe, 
         "train_data_config": "train",
         "training_args": training_arguments(recipe, recipe.steps(rows), work, cuda=cuda),
     }
+    if recipe.variant in WITHOUT_DROPOUT:
+        del config["lora_dropout"]
     if recipe.quantized:
         config |= {"double_quant": True, "quant_type": "nf4", "compute_dtype": dtype}
     else:
@@ -83,7 +91,7 @@ def compose(base: Path, rows_file: Path, rows: int, work: Path, recipe: Recipe, 
                 "pre_process_data_config": {"type": "skip_pre_process"},
             }
         ],
-        "passes": {"adapter": {"type": "QLoRA" if recipe.quantized else "LoRA", "config": config}},
+        "passes": {"adapter": {"type": "QLoRA" if recipe.quantized else recipe.variant, "config": config}},
         "evaluate_input_model": False,
         # no dot in the last part: Olive takes a name with a suffix for a file (engine.py:199)
         "output_dir": str(work / "output"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from slmops import artifact, environment
 from slmops.artifact import Artifact
 from slmops.errors import BadArtifact, Unavailable
 from slmops.graph import carrying
+from slmops.runtime import native
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +45,10 @@ def load_model(folder: Path, *, precision: str = "fp32", nf4: bool = False, devi
     extra: dict[str, Any] = {}
     if nf4:
         environment.require("bitsandbytes", "for weights in nf4 (qlora)")
-        extra = {"quantization_config": nf4_config(dtype), "device_map": device or ("auto" if torch.cuda.is_available() else "cpu")}
+        extra = {
+            "quantization_config": nf4_config(dtype),
+            "device_map": device or (environment.own_gpu() if torch.cuda.is_available() else "cpu"),
+        }
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **extra
@@ -197,15 +202,23 @@ def attach(model: Any, adapter: Path, base: Path) -> nn.Module:
         BadArtifact: a tensor of the adapter has no place in this base, or the wrong shape.
         Unavailable: it began as something that PEFT would not begin as again.
     """
+    config = read_adapter_config(adapter)
+    if native.is_own(config):
+        return native.load_own(model, adapter, config, base)
     peft = environment.require("peft", "to load an adapter")
-    carrying.refuse_unrepeatable(adapter, read_adapter_config(adapter))
+    carrying.refuse_unrepeatable(adapter, config)
     try:
-        adapted = peft.PeftModel.from_pretrained(model, adapter, is_trainable=False)
+        with warnings.catch_warnings():
+            # PEFT looks for AdaLoRA's ranks, which it wrote itself, among names of layers (peft 0.21.2).
+            warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+            adapted = peft.PeftModel.from_pretrained(model, adapter, is_trainable=False)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise BadArtifact(f"{adapter} does not fit {base}: {reason}", "give the base that it was trained on with --base") from error
     refuse_misfits(adapted, adapter)
-    return adapted.eval()
+    from slmops.runtime.prompts import prompted
+
+    return prompted(adapted).eval()
 
 
 def refuse_misfits(adapted: Any, adapter: Path, name: str = "default") -> None:

@@ -37,7 +37,9 @@ class TorchRunner:
         self.model, self.folder, self.threads = model.eval(), folder, threads
         details: Any = model.config
         self.vocabulary = int(details.vocab_size)
-        self.max_length_tokens = max_length_tokens or int(getattr(details, "max_position_embeddings", 0) or 2048)
+        # Learned positions before the text (prompt methods) take some of the model's.
+        positions = int(getattr(details, "max_position_embeddings", 0) or 2048) - int(getattr(model, "virtual_tokens", 0))
+        self.max_length_tokens = max_length_tokens or positions
 
     def logits(self, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         """Yield the logits of each row: see `Runner`. Rows of one length run together, so nothing is padded."""

@@ -1,22 +1,53 @@
-"""Can a run that was stopped go on, and is it the same run? Its checkpoints lie in the partial folder, with what they are of."""
+"""Can a run that was stopped go on, and is it the same run? Its checkpoints lie in the partial folder, with what they are of.
+
+A checkpoint is written under another name and renamed when it is whole (`complete`), and what a kill left under that name
+is never taken. What it holds: `slmops.training.saved_state`.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slmops import artifact
-from slmops.config import FinetuneSettings, flat
+from slmops import artifact, progress
+from slmops.config import FinetuneSettings, RunSettings, flat
 from slmops.errors import BadArtifact, InvalidInput
 
 FOLDER = "checkpoints"
 ANY = f"{FOLDER}/checkpoint-*"
+WRITING = "writing"
+BEST = "best"
+"""Folder of what had the lowest validation loss so far, within the folder that is written, and within a checkpoint."""
+TRAINER_STATE = "trainer_state.json"
 _RUN = "run.json"
 # Settings that a run may be resumed with in another form: they change nothing of what is trained.
-_FREE = ("resume", "force")
+_FREE = ("resume", "force", "checkpoints", "checkpoint_steps", "report_to")
+# A shorter run is over sooner than its checkpoint would be of use.
+_FEWEST_STEPS = 8
+
+
+def interval(settings: RunSettings, steps: int) -> int | None:
+    """Return after how many steps each a checkpoint is written; None: never.
+
+    Args:
+        settings: of the run; unless they say otherwise, as often as validation is measured, and never in a very short run.
+        steps: optimizer steps of the whole run.
+
+    Raises:
+        InvalidInput: the settings say it twice.
+    """
+    if settings.checkpoint_steps is not None:
+        if settings.checkpoints is not None:
+            raise InvalidInput("checkpoints and checkpoint_steps say the same thing in two ways", "give one of them")
+        return settings.checkpoint_steps
+    count = settings.checkpoints
+    if count is None:
+        count = settings.evaluations if steps >= _FEWEST_STEPS else 0
+    return math.ceil(steps / count) if count else None
 
 
 def prepare(partial: Path, identity: dict[str, Any], *, resume: bool) -> None:
@@ -25,17 +56,17 @@ def prepare(partial: Path, identity: dict[str, Any], *, resume: bool) -> None:
     Args:
         partial: where the run writes.
         identity: of the run (`identity`).
-        resume: go on from its last checkpoint.
+        resume: go on from its last checkpoint; from its beginning, if it was killed before the first.
 
     Raises:
-        BadArtifact: `resume` is set, and there is no checkpoint to go on from.
-        InvalidInput: `resume` is set, and the checkpoints are of another run.
+        BadArtifact: `resume` is set, and no run was stopped here.
+        InvalidInput: `resume` is set, and the run that was stopped is another.
     """
     if not resume:
         shutil.rmtree(partial, ignore_errors=True)
         return
     folder = partial / FOLDER
-    if latest(folder) is None or not (folder / _RUN).is_file():
+    if not (folder / _RUN).is_file():
         raise BadArtifact(f"there is no checkpoint in {partial} to go on from", "start it without --resume")
     then = json.loads((folder / _RUN).read_text(encoding="utf-8"))
     changed = [f"{key}: {value!r}, was {then.get(key)!r}" for key, value in identity.items() if value != then.get(key)]
@@ -43,6 +74,10 @@ def prepare(partial: Path, identity: dict[str, Any], *, resume: bool) -> None:
         raise InvalidInput(
             f"the run that was stopped had other settings: {'; '.join(changed)}", "give the same, or start it without --resume"
         )
+    found = latest(folder)
+    progress.say(
+        f"resumed from step {step_of(found)}" if found else "resumed from the beginning: it was stopped before its first checkpoint"
+    )
 
 
 def begin(partial: Path, identity: dict[str, Any]) -> None:
@@ -51,15 +86,59 @@ def begin(partial: Path, identity: dict[str, Any]) -> None:
     artifact.write_json(partial / FOLDER / _RUN, identity)
 
 
+def complete(written: Path, folder: Path, step: int) -> None:
+    """Give a checkpoint that is whole its name, and remove the ones before it."""
+    place = of_step(folder, step)
+    shutil.rmtree(place, ignore_errors=True)
+    written.rename(place)
+    for other in folder.glob("checkpoint-*"):
+        if other != place:
+            shutil.rmtree(other, ignore_errors=True)
+    shutil.rmtree(folder / WRITING, ignore_errors=True)
+
+
+def remove(partial: Path) -> None:
+    """Remove what only a resume needs; call it when everything else has been written."""
+    shutil.rmtree(partial / FOLDER, ignore_errors=True)
+
+
 def latest(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint, or None."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+    """Return the newest checkpoint, or None."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE).is_file()]
+    return max(found, key=step_of, default=None)
+
+
+def of_step(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies."""
+    return folder / f"checkpoint-{step}"
+
+
+def restore_best(checkpoint: Path | None, best: Path) -> None:
+    """Put the best of a checkpoint in its place, or nothing: what lies there may be of a later step, or half written."""
+    shutil.rmtree(best, ignore_errors=True)
+    if checkpoint is not None:
+        keep_best(checkpoint / BEST, best)
+
+
+def keep_best(best: Path, place: Path) -> None:
+    """Put the files of a folder into another too, as links where the file system has them: a whole model is large.
+
+    A better one is written as new files, so that a link keeps what it was.
+    """
+    if best.is_dir():
+        shutil.copytree(best, place, copy_function=_link)
+
+
+def _link(source: str, place: str) -> None:
+    try:
+        Path(place).hardlink_to(source)
+    except OSError:  # another disk, or a file system without links
+        shutil.copyfile(source, place)
 
 
 def lowest_validation_loss(checkpoint: Path) -> float | None:
     """Return the lowest validation loss that the run had when the checkpoint was written."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    state = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
     return min((entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry), default=None)
 
 
@@ -79,3 +158,8 @@ def identity(
     dataset = None if data is None else artifact.fingerprint(data) if Path(data).exists() else str(data)
     others = {f"file {role}": artifact.fingerprint(place) for role, place in files.items()}
     return {**values, "base": artifact.fingerprint(base), "dataset": dataset, "quantized_base": quantized_base, **others}
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer step after which a checkpoint was written."""
+    return int(checkpoint.name.split("-")[1])

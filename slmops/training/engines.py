@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slmops import environment, progress
-from slmops.config import FinetuneSettings
+from slmops.config import FinetuneSettings, flat
 from slmops.data import Corpus
 from slmops.errors import InvalidInput, RunFailed
 from slmops.runtime import hugging_face, loading
 from slmops.runtime.quantized_base import QuantizedBase
-from slmops.training import checkpoints, methods
+from slmops.training import checkpoints, methods, processes
 from slmops.training.objectives.material import AS_SFT, Course, Setup
+from slmops.training.precision import choose_precision
+from slmops.training.processes import Team
+from slmops.training.tracking import trackers
 
 if TYPE_CHECKING:
     from slmops.training.trainer import Row
+
+
+# Olive's passes for methods other than LoRA on a base in nf4 or in float.
+_OLIVE_PASSES = {"dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
+OLIVE_DIFFERS = (
+    "the last adapter of the run is kept, not the one of the lowest validation loss, which is measured once, at the end",
+    "rows come in random order and are padded, not grouped by length and joined",
+    "the whole model computes logits for every token, in PEFT's layers as they are",
+)
+"""What `--engine olive` does in another way than `--engine peft`, for its manifest."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class Run:
 
 
 def train_with_olive(base: Path, train: Corpus, validation: Corpus, settings: FinetuneSettings, folder: Path) -> Run:
-    """Train with Olive's LoRA or QLoRA pass, on the same tokens and labels.
+    """Train with Olive's LoRA, QLoRA, DoRA, LoHa or LoKr pass, on the same tokens and labels.
 
     Raises:
         InvalidInput: a setting that Olive's pass does not have.
@@ -55,6 +67,7 @@ def train_with_olive(base: Path, train: Corpus, validation: Corpus, settings: Fi
         rows,
         folder,
         quantized=method.method == "qlora",
+        variant=_OLIVE_PASSES.get(method.method, "LoRA"),
         rank=method.lora_rank,
         alpha=method.lora_alpha or 2 * method.lora_rank,
         dropout=method.lora_dropout,
@@ -63,7 +76,7 @@ def train_with_olive(base: Path, train: Corpus, validation: Corpus, settings: Fi
         max_steps=steps,
         batch_size=optimizer.batch_size,
         gradient_accumulation=optimizer.gradient_accumulation,
-        learning_rate=optimizer.learning_rate or methods.default_learning_rate(hugging_face.parameter_count(base)),
+        learning_rate=optimizer.learning_rate or methods.default_learning_rate(hugging_face.parameter_count(base), method.method),
         schedule=optimizer.schedule,
         warmup_steps=round(optimizer.warmup_share * steps),
         weight_decay=optimizer.weight_decay,
@@ -93,6 +106,9 @@ def train_with_peft(
     settings: FinetuneSettings,
     folder: Path,
     package: QuantizedBase | None = None,
+    *,
+    out: Path,
+    team: Team,
     course: Course = AS_SFT,
 ) -> Run:
     """Train with our own trainer (`slmops.training.trainer`); keeps the adapter of the lowest validation loss.
@@ -104,47 +120,44 @@ def train_with_peft(
         settings: of the run.
         folder: to write the adapter to.
         package: whose quantized weights take the place of the model's own.
+        out: where the adapter will lie in the end; trackers write beside it.
+        team: the processes that train together.
         course: what the objective does otherwise than sft.
     """
     transformers = hugging_face.quiet_libraries()
-    from slmops.training.step import prepare_step
-    from slmops.training.trainer import SupervisedTrainer, Watcher
+    from slmops.training.trainer import Watcher
+    from slmops.training.watching import Observer, Patience
 
-    environment.require("torch", "to train").set_num_threads(settings.run.threads or loading.default_threads(base))
+    environment.require("torch", "to train").set_num_threads(team.threads(settings.run.threads, loading.default_threads(base)))
     transformers.set_seed(settings.run.seed)
-    if course.model is not None:
-        model, parameters = course.model()
-    else:
-        model = methods.load_base(base, quantized=settings.method.method == "qlora", precision=settings.run.precision, package=package)
-        parameters = sum(p.numel() for p in model.parameters())
-        model = methods.attach_adapter(model, settings.method)
+    model, parameters = course.model() if course.model is not None else _with_adapter(base, settings, package)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows, held_out = _pairs(train), _pairs(validation)
-    arguments, steps = training_arguments(settings, folder, course.rows_per_epoch(train), parameters, bool(validation.rows))
-    best = folder / "best.safetensors"
-
-    def keep(adapted: Any) -> None:
-        save_adapter_weights(adapted, best)
-
-    if course.trainer is not None:
-        trainer = course.trainer(Setup(course, train, validation, model, arguments, keep))
-    else:
-        step = prepare_step(model, rows)
-        if step.reason is not None:
-            progress.say(f"rows are padded, not joined: {step.reason}")
-        trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, step.layout, keep, order=course.order)
+    arguments, steps = training_arguments(settings, folder, course.rows_per_epoch(train), parameters, bool(validation.rows), team)
+    best = folder / checkpoints.BEST
+    setup = Setup(course, train, validation, model, arguments, lambda m: _keep(trainer, m, best, team))
+    team.drop_apart(settings.run.seed)
+    trainer: Any = course.trainer(setup) if course.trainer is not None else supervised_trainer(setup, settings.run.seed)
+    processes.check_together(team, trainer.accelerator)
     trainer.remove_callback(transformers.PrinterCallback)
+    for callback in methods.callbacks_for(settings.method, model):
+        trainer.add_callback(callback)
     checkpoint = checkpoints.latest(folder / checkpoints.FOLDER) if settings.run.resume else None
-    if checkpoint is not None:
-        trainer.best_loss = checkpoints.lowest_validation_loss(checkpoint) or math.inf
-    with progress.task("finetune", total=steps, unit="steps") as task:
+    done = trainer.begin_with(checkpoint, best)
+    names = (settings.run.report_to or []) if team.leads else []
+    with trackers(names, out, flat(settings), done) as told, progress.task("finetune", total=steps, unit="steps") as task:
+        task.advance(done)
+        for callback in (Observer(told), Patience(settings.run.patience)):
+            trainer.add_callback(callback)
         trainer.add_callback(Watcher(task, train.tokens_total / max(1, len(trainer.order))))
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         if validation.rows and not _evaluated_last(trainer):
             trainer.evaluate()
         loop_seconds = time.perf_counter() - started
-    write_adapter(trainer.model, best if best.exists() else None, folder)
+    if trainer.sharded and not validation.rows:
+        _keep(trainer, trainer.model, best, team)
+    if team.leads:
+        methods.write_trained(trainer.model, best, folder)
     return Run(
         train_loss=_last_train_loss(trainer.state.log_history),
         validation_loss=trainer.best_loss if validation.rows else None,
@@ -156,19 +169,58 @@ def train_with_peft(
     )
 
 
-def training_arguments(settings: FinetuneSettings, folder: Path, rows: int, parameters: int, validates: bool) -> tuple[Any, int]:
+def _with_adapter(base: Path, settings: FinetuneSettings, package: QuantizedBase | None) -> tuple[Any, int]:
+    """Return the base with the method's adapter on it, and the number of the base's parameters."""
+    method = methods.method_of(settings.method)
+    precision = choose_precision(settings.run.precision, method.name, exact_base=package is not None, trains_base=method.trains_base)
+    model = methods.load_base(base, quantized=method.name == "qlora", precision=precision, package=package)
+    parameters = sum(p.numel() for p in model.parameters())
+    return methods.attach_adapter(model, settings.method), parameters
+
+
+def supervised_trainer(setup: Setup, seed: int) -> Any:
+    """Return the trainer of sft: all rows, or those that the course draws, on the fast step."""
+    from slmops.training.trainer import SupervisedTrainer
+
+    rows, held_out = _pairs(setup.train), _pairs(setup.validation)
+    layout = layout_for(setup.model, rows)
+    return SupervisedTrainer(setup.model, setup.arguments, rows, held_out, seed, layout, setup.keep, order=setup.course.order)
+
+
+def layout_for(model: Any, rows: list[Row]) -> Any:
+    """Return how rows reach the model, made fast where every process has all weights."""
+    from slmops.training.step import Padded, prepare_step
+
+    if processes.sharded():
+        return Padded(model)
+    step = prepare_step(model, rows)
+    if step.reason is not None:
+        progress.say(f"rows are padded, not joined: {step.reason}")
+    return step.layout
+
+
+def _keep(trainer: Any, model: Any, best: Path, team: Team) -> None:
+    if trainer.sharded:
+        processes.save_sharded(trainer.accelerator, model, best, leads=team.leads)
+    elif team.leads:
+        methods.save_trained(model, best)
+
+
+def training_arguments(
+    settings: FinetuneSettings, folder: Path, rows: int, parameters: int, validates: bool, team: Team = processes.ALONE
+) -> tuple[Any, int]:
     """Return the Trainer's arguments and the number of optimizer steps."""
     from transformers import TrainingArguments
 
     optimizer, run = settings.optimizer, settings.run
     steps = total_steps(settings, rows)
-    every = math.ceil(steps / run.evaluations)
+    every, saved = math.ceil(steps / run.evaluations), checkpoints.interval(run, steps)
     arguments = TrainingArguments(
         output_dir=str(folder / checkpoints.FOLDER),
         max_steps=steps,
         per_device_train_batch_size=optimizer.batch_size,
         gradient_accumulation_steps=optimizer.gradient_accumulation,
-        learning_rate=optimizer.learning_rate or methods.default_learning_rate(parameters),
+        learning_rate=optimizer.learning_rate or methods.default_learning_rate(parameters, settings.method.method),
         lr_scheduler_type=optimizer.schedule if optimizer.schedule != "constant" else "constant_with_warmup",
         warmup_steps=round(optimizer.warmup_share * steps),
         weight_decay=optimizer.weight_decay,
@@ -176,15 +228,18 @@ def training_arguments(settings: FinetuneSettings, folder: Path, rows: int, para
         seed=run.seed,
         eval_strategy="steps" if validates else "no",
         eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=1,
+        save_strategy="steps" if saved else "no",
+        save_steps=saved or steps,
         logging_steps=max(1, steps // 100),
         logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=False,
         remove_unused_columns=False,
+        # Without it, processes on a machine without a GPU would not find each other, and each train an adapter alone.
+        use_cpu=team.size > 1 and not environment.require("torch", "to train").cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
     )
     return arguments, steps
 
@@ -194,25 +249,6 @@ def total_steps(settings: FinetuneSettings, rows: int) -> int:
     optimizer = settings.optimizer
     per_epoch = math.ceil(math.ceil(rows / optimizer.batch_size) / optimizer.gradient_accumulation)
     return optimizer.max_steps or max(1, round(per_epoch * optimizer.epochs))
-
-
-def save_adapter_weights(model: Any, path: Path) -> None:
-    """Write an adapter's tensors, as PEFT names them."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
-    save_file(state, path)
-    path.chmod(0o644)  # safetensors writes for the owner only
-
-
-def write_adapter(model: Any, best: Path | None, folder: Path) -> None:
-    """Write the PEFT folder with the best adapter of the run and remove what only the run needed."""
-    model.save_pretrained(folder, safe_serialization=True)
-    if best is not None:
-        best.replace(folder / "adapter_model.safetensors")
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
-    shutil.rmtree(folder / checkpoints.FOLDER, ignore_errors=True)
 
 
 def _pairs(corpus: Corpus) -> list[Row]:

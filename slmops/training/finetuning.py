@@ -1,7 +1,7 @@
 """From a model and a data file to an adapter: what does `slmops finetune` do, step by step?
 
-Out comes a PEFT folder (`adapter_config.json`, `adapter_model.safetensors`) with the best validation loss of the run,
-beside it the base's tokenizer, the validation rows, the loss curve, and the manifest with the interface: templates and
+Out comes the adapter's folder (`adapter_config.json`, `adapter_model.safetensors`), or with `--method full` a model's, of the lowest
+validation loss of the run, beside it the base's tokenizer, the validation rows, the loss curve, and the manifest with the interface: templates and
 stop token, which every later step takes from there.
 """
 
@@ -18,18 +18,21 @@ from slmops.config import FinetuneSettings, flat, load
 from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.errors import InvalidInput, RunFailed
 from slmops.runtime import quantized_base
-from slmops.training import checkpoints, effects, engines, forgetting, methods, objectives
+from slmops.training import checkpoints, engines, forgetting, launching, methods, objectives, processes, usage
 from slmops.training.engines import Run
 from slmops.training.objectives import Material, Task
+from slmops.training.overfitting import find_turn
+from slmops.training.processes import Team
+from slmops.training.tracking import require_trackers
 
 
 def finetune(model: str | Path, data: str | Path | None = None, *, out: str | Path, config: Any = None, **overrides: Any) -> Artifact:
-    """Fine-tune a model with an adapter.
+    """Fine-tune a model: train an adapter, or with `method="full"` the model itself.
 
     Args:
         model: a Hugging Face folder, or an artefact of kind "model".
         data: rows (`slmops.data.read_rows`), or a prepared dataset; None: of objective multitask, whose tasks name theirs.
-        out: the adapter folder to write.
+        out: the folder to write, of an adapter or a model.
         config: YAML file or mapping of `FinetuneSettings`.
         overrides: single settings, such as `learning_rate=1e-3`.
 
@@ -41,25 +44,61 @@ def finetune(model: str | Path, data: str | Path | None = None, *, out: str | Pa
     """
     settings = load(FinetuneSettings, config, **overrides)
     out, run = Path(out), settings.run
+    methods.refuse_foreign(settings.method)
     artifact.refuse_occupied(out, force=run.force)
     objective = objectives.chosen(settings, data)
+    check_run(settings)
+    team = processes.find_team(run.processes)
+    objectives.refuse_team(objective, max(team.size, run.processes))
+    if run.processes > 1 and team.size == 1:
+        return launching.launch(model, data, out, settings)
     base = resolve_base(model)
     methods.refuse_unsupported(base)
     package = methods.find_quantized_base(base, settings.method)
-    identity = checkpoints.identity(base, data, settings, package.sha256 if package else None, objectives.files_of(settings))
-    checkpoints.prepare(artifact.partial_folder(out), identity, resume=run.resume)
-    with artifact.create(out, kind="adapter", command="finetune", config=flat(settings), force=run.force, keep=checkpoints.ANY) as draft:
+    files = objectives.files_of(settings)
+    identity = checkpoints.identity(base, data, settings, package.sha256 if package else None, files) | {"processes": team.size}
+    if team.leads or run.resume:
+        checkpoints.prepare(artifact.partial_folder(out), identity, resume=run.resume)
+    kept = methods.without_foreign(settings.method, flat(settings))
+    details: dict[str, Any] = {
+        "kind": "model" if settings.method.method == "full" else "adapter",
+        "command": "finetune",
+        "config": kept,
+        "force": run.force,
+    }
+    with processes.shared_draft(team, out, keep=checkpoints.ANY, **details) as draft:
         material = prepare(objective, Task(base, data, settings, draft, package))
-        measures = list(material.course.measures)
-        if settings.forgetting.retain is not None:
-            measures.append(forgetting.retained(settings, base, material.interface))
-        checkpoints.begin(draft.folder, identity)
-        trained = train(base, material, settings, draft)
-        finish(draft, base, data, material, trained, settings)
-        if measures:
-            found = effects.measure(base, draft.folder, settings, material.interface, package, measures)
-            forgetting.record(draft, found, settings)
-    return draft.done()
+        if team.leads:
+            checkpoints.begin(draft.folder, identity)
+        trained = train(base, material, settings, draft, team)
+        if team.leads:
+            finish(draft, base, data, material, trained, settings)
+            forgetting.record(draft, base, material, settings)
+            draft.facts |= {"processes": team.size}
+            checkpoints.remove(draft.folder)
+    made = processes.written(team, draft)
+    team.part()
+    return made
+
+
+def check_run(settings: FinetuneSettings) -> None:
+    """Refuse, before anything is loaded, what would be found out late.
+
+    Raises:
+        InvalidInput: settings that contradict each other.
+        Unavailable: the library of a tracker is missing.
+    """
+    run, engine = settings.run, settings.method.engine
+    require_trackers(run.report_to or [])
+    if run.patience is not None and run.patience >= run.evaluations:
+        raise InvalidInput(
+            f"patience {run.patience} is never reached: validation is measured {run.evaluations} times in the run",
+            f"--evaluations {5 * run.patience}, or less patience",
+        )
+    given = {"patience": run.patience, "checkpoints": run.checkpoints, "checkpoint_steps": run.checkpoint_steps, "report_to": run.report_to}
+    lacking = [name for name, value in (*given.items(), ("processes", run.processes > 1)) if value]
+    if engine == "olive" and lacking:
+        raise InvalidInput(f"engine olive: Olive's pass has no {', '.join(lacking)}", "leave it out, or use --engine peft")
 
 
 def resolve_base(model: str | Path) -> Path:
@@ -79,21 +118,29 @@ def prepare(objective: str, task: Task) -> Material:
     """Read, split and encode what the objective trains on; every loss on the way is a warning of the draft."""
     if task.package is not None and task.package.is_float:
         task.draft.warn(f"quantized_base: the weights of {task.package.folder} are not quantized: this trains on the model itself")
-    material = objectives.prepare(objective, task)
-    if task.settings.forgetting.replay is None:
-        return material
-    material, warnings = forgetting.with_replay(material, task.settings, task.base)
-    for warning in warnings:
-        task.draft.warn(warning)
-    return material
+    return forgetting.with_old_data(objectives.prepare(objective, task), task)
 
 
-def train(base: Path, material: Material, settings: FinetuneSettings, draft: Draft) -> Run:
+def train(base: Path, material: Material, settings: FinetuneSettings, draft: Draft, team: Team) -> Run:
     """Train the adapter with the engine asked for; it lies in the draft's folder afterwards."""
     if settings.method.engine == "olive":
-        draft.warn("engine olive keeps the last adapter of the run, not the one of the lowest validation loss")
+        draft.warn(f"engine olive: {'; '.join(engines.OLIVE_DIFFERS)}")
         return engines.train_with_olive(base, material.train, material.validation, settings, draft.folder)
-    return engines.train_with_peft(base, material.train, material.validation, settings, draft.folder, material.package, material.course)
+    if settings.run.patience is not None and not material.validation_rows:
+        raise InvalidInput(
+            "patience: there are no validation rows to see by whether the run still learns", "give --validation, or leave it out"
+        )
+    return engines.train_with_peft(
+        base,
+        material.train,
+        material.validation,
+        settings,
+        draft.folder,
+        material.package,
+        out=draft.out,
+        team=team,
+        course=material.course,
+    )
 
 
 def finish(draft: Draft, base: Path, data: str | Path | None, material: Material, trained: Run, settings: FinetuneSettings) -> None:
@@ -103,6 +150,8 @@ def finish(draft: Draft, base: Path, data: str | Path | None, material: Material
     if not math.isfinite(trained.train_loss):
         raise RunFailed(f"training diverged: the loss ended at {trained.train_loss}", "lower --learning-rate, or check the data")
     write_curve(draft.folder, trained.history)
+    if draft.kind == "model":
+        methods.write_stops(draft.folder, material.interface.stop_token_ids)
     copy_tokenizer(base, draft.folder)
     with (draft.folder / "validation.jsonl").open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in material.validation_rows)
@@ -129,10 +178,25 @@ def finish(draft: Draft, base: Path, data: str | Path | None, material: Material
         "peak_memory_bytes": trained.peak_memory_bytes,
         "trainable_parameters": trained.trainable_parameters,
         "stop_reason": material.interface.stop_reason,
+        "roads": {} if "roads" in material.course.facts else methods.find_roads(draft.folder, base, settings.method),
         **({quantized_base.ROLE: package.facts} if package is not None else {}),
+        **({"differs_from_peft": list(engines.OLIVE_DIFFERS)} if settings.method.engine == "olive" else {}),
+        **told_by_history(draft, trained, engines.total_steps(settings, material.course.rows_per_epoch(corpus))),
         **material.course.facts,
         **facts,
     }
+
+
+def told_by_history(draft: Draft, trained: Run, steps: int) -> dict[str, Any]:
+    """Return what the history shows beside the losses: use of the machine, overfitting (a warning too), an early end."""
+    found: dict[str, Any] = {"usage": usage.summary(trained.history)}
+    turn = find_turn(trained.history)
+    if turn is not None:
+        draft.warn(f"{turn}; the adapter of step {turn.step} is kept")
+        found["overfitting"] = turn.document()
+    if trained.steps < steps:
+        found["ended_early"] = {"step": trained.steps, "of": steps}
+    return found
 
 
 def _download(name: str) -> Path:

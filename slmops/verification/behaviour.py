@@ -158,10 +158,14 @@ def check_retention(subject: Subject) -> Stage:
         return Stage("retention", "skipped", "the baseline is an unmerged adapter: merge it to measure retention in the weights")
     graph = weights.load_graph(subject.graph_path)
     found = weights.shares(graph, subject.baseline, subject.base)
-    if not found:
+    vectors = weights.changed_vectors(subject.baseline, subject.base)
+    if not found and not vectors:
         return Stage("retention", "fail", f"{subject.baseline} has the very weights of {subject.base}: there is no fine-tune in it")
+    if not found and not subject.rows:
+        text = f"the fine-tune changed {len(vectors)} vectors and no matrix, and only their effect can be measured: give rows with --data"
+        return Stage("retention", "inconclusive", text)
     settings = subject.settings
-    verdicts, figures, bars = weights.weight_verdicts(found, settings.retention_bar)
+    verdicts, figures, bars = weights.weight_verdicts(found, settings.retention_bar) if found else ([], {"vectors": len(vectors)}, {})
     if subject.rows:
         chosen = few(subject.corpus.sequences)
         verdicts += [twin_verdict(subject, graph, chosen, figures), effect_verdict(subject, chosen, figures)]

@@ -258,7 +258,8 @@ def _rows(settings: VerifySettings, found: Artifact | None, baseline: Path, base
     if given is not None:
         return read_rows(given)[:limit], given
     adapter = baseline_found.find("adapter") if baseline_found is not None else None
-    adapter = baseline if baseline_found is not None and baseline_found.manifest.kind == "adapter" else adapter
+    # An adapter, and a model that was trained as a whole, bring their rows themselves.
+    adapter = baseline if adapter is None and baseline_found is not None else adapter
     return _validation_rows(adapter, limit) if adapter is not None else ([], "")
 
 

@@ -98,6 +98,17 @@ def shares(graph: Model, tuned: Path, base: Path) -> list[Share]:
     return result
 
 
+def changed_vectors(tuned: Path, base: Path) -> list[str]:
+    """Return the biases and other vectors that a fine-tune changed or added; no export quantizes them."""
+    after, before = StoredWeights(tuned), StoredWeights(base)
+    vectors = [name for name in after if after[name].ndim == 1]
+    return [
+        name
+        for name in vectors
+        if (name in before or after[name].any()) and not (name in before and np.array_equal(after[name], before[name]))
+    ]
+
+
 def weight_verdicts(found: list[Share], bar: float) -> tuple[list[Verdict], dict[str, Any], dict[str, Any]]:
     """Hold the shares, pooled and layer by layer, against their bars; return verdicts, figures and bars."""
     p, noise = pooled(found)

@@ -29,23 +29,48 @@ def finetuned(page: Page, document: Mapping[str, Any]) -> None:
             ("validation loss", _metric(document, "validation_loss")),
             ("pairs right", _metric(document, "pairwise_accuracy") if document.get("objective") == "reward" else ""),
             ("time", _joined(f"{duration(seconds)} in the loop{speed}" if seconds else "", f"{duration(document.get('seconds'))} in all")),
+            ("ended early", _early(document.get("ended_early"))),
             ("peak memory", size(document.get("peak_memory_bytes"))),
+            ("processor", _cores(document)),
             ("stop token", document.get("stop_reason")),
             ("loss curve", _existing(out, "loss.png")),
+            *roads(document.get("roads")),
         ]
     )
     learned(page, document)
     page.warnings(document)
     if out:
-        if document.get("objective") == "reward":  # it gives no text
-            page.next(f"slmops evaluate {shell(out)} PAIRS")
-        elif document.get("quantized_base"):  # it stays an adapter
-            page.next(
-                f"slmops evaluate {shell(out)} {shell(str(Path(out) / 'validation.jsonl'))}",
-                f"slmops pack EXPORT --adapter NAME={shell(out)} -o {beside(out, 'package')}",
-            )
-        else:
-            page.next(f"slmops merge {shell(out)} -o {beside(out, 'merged')}")
+        page.next(*_after_training(out, document))
+
+
+def _early(ended: Any) -> str:
+    return f"at step {ended['step']} of {ended['of']}: the validation loss no longer fell" if ended else ""
+
+
+def _cores(document: Mapping[str, Any]) -> str:
+    cores, count = (document.get("usage") or {}).get("cpu_cores"), document.get("processes") or 1
+    if not cores:
+        return ""
+    return f"{number(cores)} cores in use" + (f" in each of {count} processes" if count > 1 else "")
+
+
+def roads(open_to: Any) -> list[tuple[str, str]]:
+    """Return which of merge, pack and export are open, as facts."""
+    return [(f"to {name}", str(said)) for name, said in open_to.items()] if isinstance(open_to, Mapping) else []
+
+
+def _after_training(out: str, document: Mapping[str, Any]) -> list[str]:
+    """Return the next commands: along the roads that are open."""
+    if document.get("objective") == "reward":  # it gives no text
+        return [f"slmops evaluate {shell(out)} PAIRS"]
+    evaluate = f"slmops evaluate {shell(out)} {shell(str(Path(out) / 'validation.jsonl'))}"
+    if document.get("kind") == "model":
+        return [f"slmops export {shell(out)} -o {beside(out, 'export')}"]
+    if document.get("quantized_base"):  # it stays an adapter
+        return [evaluate, f"slmops pack EXPORT --adapter NAME={shell(out)} -o {beside(out, 'package')}"]
+    if str((document.get("roads") or {}).get("merge", "")).startswith("refused"):
+        return [evaluate]
+    return [f"slmops merge {shell(out)} -o {beside(out, 'merged')}"]
 
 
 def exported(page: Page, document: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from slmops.cli.display.built import recipe_line
+from slmops.cli.display.built import recipe_line, roads
 from slmops.cli.display.figures import NONE, duration, number, size
 from slmops.cli.display.layout import Page
 
@@ -30,8 +30,9 @@ def lineage(page: Page, document: Mapping[str, Any]) -> None:
             *(
                 _fact(name, value)
                 for name, value in (manifest.get("facts") or {}).items()
-                if name not in ("size_bytes", "slots", "adapters")
+                if name not in ("size_bytes", "slots", "adapters", "roads")
             ),
+            *roads((manifest.get("facts") or {}).get("roads")),
             ("adapters", _adapters((manifest.get("facts") or {}).get("adapters"))),
             *((name.replace("_", " "), _short(value)) for name, value in (manifest.get("metrics") or {}).items()),
         ]

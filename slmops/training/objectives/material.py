@@ -11,6 +11,7 @@ from slmops.artifact import Draft
 from slmops.config import FinetuneSettings
 from slmops.data import Corpus, Interface, Row, choose_interface
 from slmops.runtime.quantized_base import QuantizedBase
+from slmops.training import methods
 from slmops.training.effects import Measure
 from slmops.training.mixture import Mixture
 
@@ -95,7 +96,7 @@ class Task:
         )
         for warning in warnings:
             self.draft.warn(warning)
-        return interface
+        return methods.leave_room(interface, self.base, self.settings.method)
 
 
 def joined(corpora: Sequence[Corpus], drawn: Sequence[int] | None = None) -> Corpus:

@@ -17,6 +17,8 @@ from torch.nn import functional
 
 from slmops.training.step.rows import KEY, Rows
 
+WINDOWS = "slmops_windows"
+"""Name of a keyword with a list, to which each attention layer adds its sliding window: families keep it in different places."""
 LONGEST_BY_HAND = 192
 """Rows up to this many tokens are attended by hand: scores of longer ones no longer fit into the cache."""
 
@@ -43,12 +45,13 @@ def attend(
         scaling: of the scores; default 1 / sqrt(width).
         dropout: on the probabilities.
         sliding_window: a token sees so many tokens, itself included; None: all before it.
-        others: of the model's forward; the rows under `KEY`.
+        others: of the model's forward; the rows under `KEY`, and perhaps a list under `WINDOWS`.
 
     Returns:
         (1, tokens, heads, width), and None for the probabilities.
     """
     rows: Rows = others[KEY]
+    others.get(WINDOWS, []).append(sliding_window)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     value = value.to(query.dtype)
     window = sliding_window if sliding_window is not None and sliding_window < rows.longest else None
@@ -80,12 +83,14 @@ class _RowAttention(torch.autograd.Function):
         key_heads, width = q.shape[0] // len(rows.lengths), q.shape[-1]
         incoming = _stacked(rows.gradient_to_lines(gradients[0].reshape(rows.tokens, heads * width)), key_heads, width)
         of_value = torch.bmm(probabilities.transpose(1, 2), incoming)
-        of_scores = torch._softmax_backward_data(torch.bmm(incoming, v.transpose(1, 2)), probabilities, -1, q.dtype)
+        of_scores = torch.ops.aten._softmax_backward_data(torch.bmm(incoming, v.transpose(1, 2)), probabilities, -1, q.dtype)
         of_query = torch.bmm(of_scores, k).mul_(scale)
         of_key = torch.bmm(of_scores.transpose(1, 2), q).mul_(scale)
         count = len(rows.lengths)
         found = ((of_query, heads), (of_key, key_heads), (of_value, key_heads))
-        back = (rows.gradient_from_lines(_unstacked(x, count, rows.longest, n)).view(1, rows.tokens, n, width).transpose(1, 2) for x, n in found)
+        back = (
+            rows.gradient_from_lines(_unstacked(x, count, rows.longest, n)).view(1, rows.tokens, n, width).transpose(1, 2) for x, n in found
+        )
         return (*back, None, None, None)
 
 

@@ -67,7 +67,7 @@ class AdaptedAttention(torch.autograd.Function):
         incoming = heads_first(lines, heads[1])
         of_all = torch.empty(count, longest, heads[0] + 2 * heads[1], width, dtype=q.dtype, device=q.device)
         of_value = torch.bmm(probabilities.transpose(1, 2), incoming)
-        of_scores = torch._softmax_backward_data(torch.bmm(incoming, v.transpose(1, 2)), probabilities, -1, q.dtype)
+        of_scores = torch.ops.aten._softmax_backward_data(torch.bmm(incoming, v.transpose(1, 2)), probabilities, -1, q.dtype)
         of_scores.mul_(ctx.scale)
         turning = heads[0] + heads[1]
         put_tokens_first(of_all[:, :, : heads[0]], torch.bmm(of_scores, k))

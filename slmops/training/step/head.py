@@ -31,6 +31,7 @@ class Head:
 
     def __init__(self, causal: nn.Module) -> None:
         self.causal: Any = causal
+        self.forward = causal.forward
         self.inner = getattr(causal, causal.base_model_prefix)  # pyright: ignore[reportCallIssue, reportArgumentType]
         self.vocabulary = int(causal.config.vocab_size)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
         self.trains = any(p.requires_grad for p in causal.get_output_embeddings().parameters())  # pyright: ignore[reportCallIssue]
@@ -46,9 +47,9 @@ class Head:
 
         hidden = hidden.to(self.causal.get_output_embeddings().weight.dtype)
         own = self.inner.__dict__.get("forward")
-        self.inner.forward = lambda **_: BaseModelOutputWithPast(last_hidden_state=hidden[None])  # pyright: ignore[reportArgumentType]
+        self.inner.forward = lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=hidden[None])  # pyright: ignore[reportArgumentType]
         try:
-            return self.causal(inputs_embeds=hidden[None], use_cache=False).logits[0]
+            return self.forward(inputs_embeds=hidden[None], use_cache=False).logits[0]
         finally:
             if own is None:
                 del self.inner.forward

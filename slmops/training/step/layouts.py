@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from slmops.training.batches import IGNORED, collate
 from slmops.training.step.head import Head, summed_cross_entropy
+from slmops.training.step.lora import Focus
 from slmops.training.step.rows import KEY, Rows, rounded_up
 
 Row = tuple[Sequence[int], Sequence[int]]
@@ -61,12 +62,14 @@ class Joined:
     Args:
         causal: a causal language model of transformers whose attention is `slmops.training.step.attention`.
         multiple: tokens of a batch, and supervised ones, are filled up to one of this.
+        focus: of the last MLP.
     """
 
     name = "joined"
 
-    def __init__(self, causal: nn.Module, multiple: int = 1) -> None:
+    def __init__(self, causal: nn.Module, multiple: int = 1, focus: Focus | None = None) -> None:
         self.head = Head(causal)
+        self.focus = focus or Focus()
         self.multiple = multiple
         self.own_forward = causal.forward
         causal.forward = self._forward  # type: ignore[method-assign]
@@ -75,34 +78,40 @@ class Joined:
         """Join rows.
 
         Returns:
-            `input_ids` and `position_ids` (1, tokens); `rows`; `supervised` (positions), where the next token is counted;
-            `targets` (positions), that token, or -100 for a position that only fills up.
+            `input_ids` and `position_ids` (1, tokens); `rows`; `supervised` (positions), where the next token is counted,
+            each once; `targets` (positions), that token, or -100 for a position that only fills up.
         """
         joined = Rows([len(ids) - 1 for ids, _ in rows], self.multiple)
         labels = torch.tensor([label for _, row in rows for label in row[1:]])
-        supervised = (labels != IGNORED).nonzero().flatten()
+        labels = functional.pad(labels, (0, joined.tokens - joined.real), value=IGNORED)
+        supervised, others = (labels != IGNORED).nonzero().flatten(), (labels == IGNORED).nonzero().flatten()
         filled = rounded_up(len(supervised), self.multiple) - len(supervised)
+        supervised = torch.cat([supervised, others[:filled]])
         tokens = [token for ids, _ in rows for token in ids[:-1]]
         return {
             "input_ids": torch.tensor([*tokens, *([0] * (joined.tokens - joined.real))])[None],
             "position_ids": joined.positions()[None],
             "rows": joined,
-            "supervised": functional.pad(supervised, (0, filled)),
-            "targets": functional.pad(labels[supervised], (0, filled), value=IGNORED),
+            "supervised": supervised,
+            "targets": labels[supervised],
         }
 
     def summed_loss(self, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
         """Compute the logits of supervised positions only, a chunk at a time."""
         return model(**batch)
 
-    def hidden(self, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """Return the decoder's last hidden states (tokens, width)."""
+    def hidden(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: Rows, supervised: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the decoder's last hidden states (tokens, width); only those of supervised positions are right, where these are given."""
+        self.focus.positions = supervised  # until the next pass: activation checkpoints compute this one again on the way back
         return self.head.inner(input_ids=input_ids, position_ids=position_ids, use_cache=False, **{KEY: rows}).last_hidden_state[0]
 
     def _forward(self, *args: Any, rows: Rows | None = None, **kwargs: Any) -> Any:
         if rows is None:
+            self.focus.positions = None
             return self.own_forward(*args, **kwargs)
-        hidden = self.hidden(kwargs["input_ids"], kwargs["position_ids"], rows)
+        hidden = self.hidden(kwargs["input_ids"], kwargs["position_ids"], rows, kwargs["supervised"])
         return summed_cross_entropy(self.head, hidden.index_select(0, kwargs["supervised"]), kwargs["targets"])
 
 

@@ -10,7 +10,7 @@ The products are in the frozen weights' precision, fp32 or bf16; A, B and the su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,13 @@ from slmops.training.step.pairs import Adapted
 def forward(layer: Adapted, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return y (tokens, outputs) and h = s x A' (tokens, ranks) of x (tokens, inputs)."""
     y = functional.linear(x, layer.weight, layer.bias)
-    if layer.down is None:
+    if layer.down_turned is None:
         return y, None
-    h = x @ layer.down.t()
+    h = x.mm(layer.down_turned)
     if len(layer.widths) == 1:
-        return y.addmm_(h, layer.pairs[0].up.t()), h
+        return y.addmm_(h, layer.pairs[0].up_turned), h
     for pair in layer.pairs:
-        y[:, pair.outputs].addmm_(h[:, pair.ranks], pair.up.t())
+        y[:, pair.outputs].addmm_(h[:, pair.ranks], pair.up_turned)
     return y, h
 
 
@@ -90,15 +90,16 @@ class AdaptedMLP(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1]).to(gate_up.weight.dtype)
         both, h = forward(gate_up, flat)
         gate, up = both.split(gate_up.widths, dim=-1)
-        inner = functional.silu(gate).mul_(up)
+        active = functional.silu(gate)
+        inner = active * up
         y, h_down = forward(down, inner)
-        ctx.save_for_backward(flat, both, h, inner, h_down)
+        ctx.save_for_backward(flat, both, h, active, inner, h_down)
         ctx.layers, ctx.shape, ctx.dtype = (gate_up, down), x.shape, x.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, both, h, inner, h_down = ctx.saved_tensors
+        x, both, h, active, inner, h_down = ctx.saved_tensors
         gate_up, down = ctx.layers
         dy = gradients[0].reshape(len(x), -1).to(x.dtype)
         of_inner = backward(down, inner, h_down, dy, needs_x=True)
@@ -106,10 +107,28 @@ class AdaptedMLP(torch.autograd.Function):
         gate, up = both.split(gate_up.widths, dim=-1)
         of_both = torch.empty_like(both)
         of_gate, of_up = of_both.split(gate_up.widths, dim=-1)
-        torch.mul(of_inner, functional.silu(gate), out=of_up)
+        torch.mul(of_inner, active, out=of_up)
         torch.ops.aten.silu_backward.grad_input(of_inner.mul_(up), gate, grad_input=of_gate)
         dx = backward(gate_up, x, h, of_both, needs_x=ctx.needs_input_grad[0])
         return dx.view(ctx.shape).to(ctx.dtype) if dx is not None else None, of_tick(gate_up, down), None, None
+
+
+class Focus:
+    """Positions that the loss looks at: the last MLP computes no others, for nothing reads them."""
+
+    positions: torch.Tensor | None = None
+    """(positions), each once; None: all are needed."""
+
+    def of(self, mlp: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return an MLP, x (1, tokens, width) -> (1, tokens, width), that is 0 wherever nobody looks."""
+
+        def focused(x: torch.Tensor) -> torch.Tensor:
+            if self.positions is None:
+                return mlp(x)
+            few = mlp(x.index_select(1, self.positions))
+            return few.new_zeros(x.shape).index_copy(1, self.positions, few)
+
+        return focused
 
 
 def stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:

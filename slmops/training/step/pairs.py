@@ -34,6 +34,8 @@ class Pair:
     ranks: slice = field(default_factory=lambda: slice(0))
     up: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """B, in the precision of the products."""
+    up_turned: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """Its transpose: making a view anew at each step costs as much as a small product."""
     up_gradient: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -54,6 +56,7 @@ class Adapted:
     pairs: list[Pair]
     down: torch.Tensor | None = None
     """s A of all pairs, stacked, (ranks, inputs), in the precision of the products; None without pairs."""
+    down_turned: torch.Tensor | None = None
     down_gradient: torch.Tensor | None = None
     store: PairStore | None = None
 
@@ -87,6 +90,7 @@ class PairStore:
             inputs = layer.weight.shape[1]
             rank = sum(p.a.shape[0] for p in layer.pairs)
             layer.down = self.ready[at : at + rank * inputs].view(rank, inputs)
+            layer.down_turned = layer.down.t()
             layer.down_gradient = self.gradient[at : at + rank * inputs].view(rank, inputs)
             row = 0
             for pair in layer.pairs:
@@ -97,6 +101,7 @@ class PairStore:
             for pair in layer.pairs:
                 pair.b.data = self.parameter.data[at : at + pair.b.numel()].view(pair.b.shape)
                 pair.up = self.ready[at : at + pair.b.numel()].view(pair.b.shape)
+                pair.up_turned = pair.up.t()
                 pair.up_gradient = self.gradient[at : at + pair.b.numel()].view(pair.b.shape)
                 at += pair.b.numel()
                 pair.a.requires_grad_(False)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from slmops.training.step.attention import LONGEST_BY_HAND
+from slmops.training.step.attention import LONGEST_BY_HAND, WINDOWS
 from slmops.training.step.block import AdaptedAttention
-from slmops.training.step.lora import AdaptedLinear, AdaptedMLP, stacked, tick_of
+from slmops.training.step.lora import AdaptedLinear, AdaptedMLP, Focus, stacked, tick_of
 from slmops.training.step.norms import FrozenRMSNorm
 from slmops.training.step.pairs import Adapted, Pair, PairStore
 from slmops.training.step.rows import KEY, Rows
@@ -34,6 +34,8 @@ class Patched:
     """All LoRA pairs that are; None where there is none."""
     attentions: list[tuple[nn.Module, Adapted, Adapted]] = field(default_factory=list)
     """Attention layers whose projections could be one block with their attention: the layer, q, k and v, and the output."""
+    focus: Focus = field(default_factory=Focus)
+    """Of the last MLP."""
     kinds: dict[str, int] = field(default_factory=dict)
     """How many parts of each kind."""
     left: list[str] = field(default_factory=list)
@@ -73,6 +75,9 @@ def speed_up(model: nn.Module) -> Patched:
         patched.store.begin()
     for module, names, last, first, second in read:
         _replace(patched, module, names, last, first, second)
+    mlps = [module for module, names, *_ in read if names == _GATED]
+    if mlps and patched.kinds.get("mlps") == len(mlps):
+        mlps[-1].forward = patched.focus.of(mlps[-1].forward)  # type: ignore[method-assign]
     return patched
 
 
@@ -154,10 +159,11 @@ def _pair_of(module: Any, outputs: slice) -> Pair | None | bool:
     down, up, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
     plain = type(down) is nn.Linear and type(up) is nn.Linear and down.bias is None and up.bias is None
     drops = not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0
-    trained = down.weight.requires_grad and up.weight.requires_grad
+    trained = plain and down.weight.requires_grad and up.weight.requires_grad  # AdaLoRA's A and B are parameters themselves
     if not plain or drops or not trained or name in getattr(module, "lora_variant", {}):
         return False
-    return Pair(down.weight, up.weight, float(module.scaling[name]), outputs)
+    a, b = cast(nn.Parameter, down.weight), cast(nn.Parameter, up.weight)
+    return Pair(a, b, float(module.scaling[name]), outputs)
 
 
 def _alone(layer: Adapted) -> Callable[..., torch.Tensor]:
@@ -172,7 +178,8 @@ def _replace_together(modules: list[nn.Module], layer: Adapted) -> None:
         def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if waiting.get("input") is not x or place not in waiting:
                 waiting.clear()
-                waiting.update(enumerate(AdaptedLinear.apply(x, tick_of(layer), layer)), input=x)
+                waiting.update(enumerate(AdaptedLinear.apply(x, tick_of(layer), layer)))  # type: ignore[arg-type]
+                waiting["input"] = x
             answer = waiting.pop(place)
             if len(waiting) == 1:
                 waiting.clear()  # all have been asked for: hold nothing
@@ -219,7 +226,7 @@ def _attention_of(module: Any, qkv: Adapted, out: Adapted) -> Callable[..., Any]
     if not isinstance(width, int) or config is None or children - {*_QKV, _OUT} or len(qkv.widths) != 3 or qkv.widths[1] != qkv.widths[2]:
         return None
     heads = (qkv.widths[0] // width, qkv.widths[1] // width)
-    scale, window = getattr(module, "scaling", width**-0.5), getattr(module, "sliding_window", None)
+    scale, windows = getattr(module, "scaling", width**-0.5), []
     own = module.forward
 
     def forward(hidden_states: torch.Tensor, position_embeddings: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -229,22 +236,27 @@ def _attention_of(module: Any, qkv: Adapted, out: Adapted) -> Callable[..., Any]
             return own(hidden_states, position_embeddings, *args, **kwargs)
         places = slice(rows.longest_start, rows.longest_start + rows.longest)
         cosines, sines = (x[0, places].float() for x in position_embeddings)
+        window = windows[0] if windows else None
         seen = window if window is not None and window < rows.longest else None
         z = AdaptedAttention.apply(hidden_states, tick_of(qkv, out), cosines, sines, rows, qkv, out, heads, scale, seen)
         return z, None
 
-    return forward if _same_attention(own, forward, qkv.weight, width) else None
+    return forward if _same_attention(own, forward, qkv.weight, width, windows) else None
 
 
 @torch.no_grad()
-def _same_attention(own: Callable[..., Any], forward: Callable[..., Any], like: torch.Tensor, width: int) -> bool:
+def _same_attention(
+    own: Callable[..., Any], forward: Callable[..., Any], like: torch.Tensor, width: int, windows: list[int | None]
+) -> bool:
+    """Tell whether a forward gives what an attention layer's own gives, and find the window that it uses."""
     generator = torch.Generator().manual_seed(0)
     rows = Rows([7, 4]).to(like.device)
     x = torch.randn(1, rows.tokens, like.shape[1], generator=generator).to(like.device)
     angles = rows.positions()[:, None] * torch.rand(width // 2, generator=generator)
     turns = tuple(t(torch.cat([angles, angles], dim=-1))[None].to(like.device) for t in (torch.cos, torch.sin))
     try:
-        return _close(own(x, turns, None, **{KEY: rows})[0], forward(x, turns, None, **{KEY: rows})[0], like.dtype)
+        expected = own(x, turns, None, **{KEY: rows, WINDOWS: windows})[0]
+        return _close(expected, forward(x, turns, None, **{KEY: rows})[0], like.dtype)
     except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
 

@@ -24,7 +24,7 @@ from slmops.training.step.rows import KEY
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 _ROWS, _TOKENS = 3, 64
 # oneDNN, which multiplies in bf16, makes a kernel for each new shape: up to 2.6 ms each, of some 25 products. In fp32 MKL needs none.
-_MULTIPLE = 32
+_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _try_joined(
     hook = _widen(causal)
     causal.config._attn_implementation = KEY
     multiple = _MULTIPLE if causal.get_input_embeddings().weight.dtype != torch.float32 and causal.device.type == "cpu" else 1
-    layout = Joined(causal, multiple)
+    layout = Joined(causal, multiple, patched.focus)
     try:
         patching.fuse_attention(patched)
         distance = _distance(layout, causal, trial, expected)
