@@ -56,7 +56,14 @@ def perplexity(model: Path, data: Path, folder: Path, **settings: Any) -> float:
 @pytest.mark.slow
 def test_pretraining_lowers_perplexity_and_says_what_evaluate_says(place: Path, tmp_path: Path) -> None:
     made = finetune(
-        place, "new.txt", tmp_path / "out", objective="pretrain", validation=place / "new.txt", retain=place / "old.txt", max_steps=12
+        place,
+        "new.txt",
+        tmp_path / "out",
+        objective="pretrain",
+        validation=place / "new.txt",
+        retain=place / "old.txt",
+        max_steps=None,
+        epochs=24,
     )
     own, old = made.manifest.facts["effects"]["validation"], made.manifest.facts["forgetting"]
     assert own["after"]["value"] < 0.7 * own["before"]["value"]
@@ -67,6 +74,7 @@ def test_pretraining_lowers_perplexity_and_says_what_evaluate_says(place: Path, 
         assert effect["change"]["value"] == pytest.approx(effect["after"]["value"] / effect["before"]["value"] - 1, rel=1e-5)
     assert made.manifest.metrics["validation_perplexity"]["value"] == own["after"]["value"]
     assert made.manifest.facts["blocks"]["count"] > 1
+    assert "ended_early" not in made.manifest.facts
     assert {item.role for item in made.manifest.inputs} >= {"base", "dataset", "retain"}
 
 

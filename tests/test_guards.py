@@ -44,8 +44,6 @@ HEAVY = {
 # Classes that subclass a library's need it when the module is read; nothing imports these modules before they are needed.
 HEAVY_ALLOWED = {
     "training/trainer.py": {"transformers", "torch"},
-    "training/objectives/own_loss_trainer.py": {"torch"},
-    "training/objectives/trl_trainers.py": {"datasets", "torch", "transformers", "trl"},
     "training/resuming.py": {"transformers", "torch"},
     "training/watching.py": {"transformers"},
     # The step is torch: autograd's functions and annotations of tensors throughout.
@@ -55,6 +53,8 @@ HEAVY_ALLOWED = {
     "runtime/native/biases.py": {"torch"},
     "runtime/native/bottleneck.py": {"torch"},
     "runtime/native/representation.py": {"torch"},
+    "training/objectives/own_loss_trainer.py": {"torch"},
+    "training/objectives/trl_trainers.py": {"datasets", "torch", "transformers", "trl"},
     "graph/builder_process.py": {"torch", "transformers", "onnx_ir"},
 }
 SETTINGS = [value for name, value in vars(config).items() if name.endswith("Settings") and name != "Settings" and isinstance(value, type)]

@@ -55,14 +55,14 @@ def prepare(data: str, call: Call) -> Any:
         r"slmops finetune MODEL train.csv -o runs/intent --prompt-template '{text}\nIntent:' --completion-template ' {intent}'",
         "slmops finetune MODEL train.jsonl -o runs/adapter --config finetune.yaml --lora-rank 32",
         "slmops finetune MODEL train.jsonl -o runs/adapter --quantized-base runs/model-int4",
-        "slmops finetune MODEL handbook/ -o runs/domain --objective pretrain --retain old.txt --replay older.txt",
-        "slmops finetune MODEL -o runs/both --objective multitask --task intent=intents.jsonl --task slots=slots.jsonl",
-        "slmops finetune MODEL pairs.jsonl -o runs/preferred --objective dpo",
         "slmops finetune MODEL train.jsonl -o runs/adapter --evaluations 20 --patience 3 --report-to tensorboard",
         "slmops finetune MODEL train.jsonl -o runs/adapter --processes 2",
         "slmops finetune MODEL train.jsonl -o runs/adapter --resume",
         "slmops finetune MODEL train.jsonl -o runs/model --method full",
         "slmops finetune MODEL train.jsonl -o runs/prompt --method prompt --virtual-tokens 32",
+        "slmops finetune MODEL handbook/ -o runs/domain --objective pretrain --retain old.txt --replay older.txt",
+        "slmops finetune MODEL -o runs/both --objective multitask --task intent=intents.jsonl --task slots=slots.jsonl",
+        "slmops finetune MODEL pairs.jsonl -o runs/preferred --objective dpo",
     ),
 )
 @click.argument("model")
@@ -77,7 +77,6 @@ def finetune(model: str, data: str | None, call: Call) -> Any:
     --objective says what is learned: answers (sft), plain text (pretrain), several tasks (multitask: each with --task
     NAME=FILE, and no DATA), or preferences between answers (dpo, reward: columns prompt, chosen, rejected, or templates).
     --loss FILE.py:CLASS is a loss of your own. --retain measures what old data costs, --replay mixes old data in.
-
     --method says what is trained: lora unless told otherwise, full for the whole model. Each method has settings of its own,
     and another's are refused; docs/methods.md has what each learned, at what price. Which of merge, pack and export are
     open to what it makes stands in the result, and `slmops show` prints it.

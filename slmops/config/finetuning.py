@@ -27,6 +27,23 @@ class DataSettings(Settings):
     stop_token: str | None = setting(None, "token that ends an answer, as text or id (default: checked and chosen)")
 
 
+MethodName = Literal[
+    "full",
+    "lora",
+    "qlora",
+    "dora",
+    "rslora",
+    "adalora",
+    "loha",
+    "lokr",
+    "ia3",
+    "prefix",
+    "prompt",
+    "p-tuning",
+    "bottleneck",
+    "bitfit",
+    "loreft",
+]
 _TASK_KEYS = ("data", "prompt_template", "completion_template", "weight", "validation")
 
 
@@ -88,25 +105,6 @@ class ForgettingSettings(Settings):
     replay_share: float = setting(0.1, "share of --replay in the rows of an epoch", gt=0, lt=1)
 
 
-MethodName = Literal[
-    "full",
-    "lora",
-    "qlora",
-    "dora",
-    "rslora",
-    "adalora",
-    "loha",
-    "lokr",
-    "ia3",
-    "prefix",
-    "prompt",
-    "p-tuning",
-    "bottleneck",
-    "bitfit",
-    "loreft",
-]
-
-
 class MethodSettings(Settings):
     """What is trained."""
 
@@ -148,7 +146,7 @@ class RunSettings(Settings):
     """How the run behaves."""
 
     precision: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "arithmetic of the frozen base (auto: bf16 on a GPU, but fp32 for --quantized-base; fp32 on a CPU)"
+        "auto", "arithmetic of the frozen base (auto: bf16 where the processor or GPU multiplies it, but fp32 for --quantized-base)"
     )
     threads: int | None = setting(None, "threads (default: one for a tiny model, else all cores)", ge=1)
     seed: int = setting(0, "seed of everything random: two runs on one machine give the same adapter", ge=0)

@@ -106,10 +106,10 @@ def train_with_peft(
     settings: FinetuneSettings,
     folder: Path,
     package: QuantizedBase | None = None,
+    course: Course = AS_SFT,
     *,
     out: Path,
     team: Team,
-    course: Course = AS_SFT,
 ) -> Run:
     """Train with our own trainer (`slmops.training.trainer`); keeps the adapter of the lowest validation loss.
 
@@ -120,41 +120,48 @@ def train_with_peft(
         settings: of the run.
         folder: to write the adapter to.
         package: whose quantized weights take the place of the model's own.
+        course: what the objective does otherwise than sft.
         out: where the adapter will lie in the end; trackers write beside it.
         team: the processes that train together.
-        course: what the objective does otherwise than sft.
     """
     transformers = hugging_face.quiet_libraries()
-    from slmops.training.trainer import Watcher
+    from slmops.training.trainer import SupervisedTrainer, Watcher
     from slmops.training.watching import Observer, Patience
 
     environment.require("torch", "to train").set_num_threads(team.threads(settings.run.threads, loading.default_threads(base)))
     transformers.set_seed(settings.run.seed)
-    model, parameters = course.model() if course.model is not None else _with_adapter(base, settings, package)
+    model, parameters = course.model() if course.model is not None else _adapted(base, settings, package)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows, held_out = _pairs(train), _pairs(validation)
     arguments, steps = training_arguments(settings, folder, course.rows_per_epoch(train), parameters, bool(validation.rows), team)
     best = folder / checkpoints.BEST
-    setup = Setup(course, train, validation, model, arguments, lambda m: _keep(trainer, m, best, team))
-    team.drop_apart(settings.run.seed)
-    trainer: Any = course.trainer(setup) if course.trainer is not None else supervised_trainer(setup, settings.run.seed)
+
+    def keep(adapted: Any) -> None:
+        _keep(trainer, adapted, best, team)
+
+    if course.trainer is not None:
+        trainer = course.trainer(Setup(course, train, validation, model, arguments, keep))
+    else:
+        layout = _layout(model, rows)
+        team.drop_apart(settings.run.seed)
+        trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, layout, keep, order=course.order)
     processes.check_together(team, trainer.accelerator)
     trainer.remove_callback(transformers.PrinterCallback)
-    for callback in methods.callbacks_for(settings.method, model):
+    for callback in (*methods.callbacks_for(settings.method, model), Patience(settings.run.patience)):
         trainer.add_callback(callback)
     checkpoint = checkpoints.latest(folder / checkpoints.FOLDER) if settings.run.resume else None
     done = trainer.begin_with(checkpoint, best)
     names = (settings.run.report_to or []) if team.leads else []
     with trackers(names, out, flat(settings), done) as told, progress.task("finetune", total=steps, unit="steps") as task:
         task.advance(done)
-        for callback in (Observer(told), Patience(settings.run.patience)):
+        for callback in (Observer(told), Watcher(task, train.tokens_total / max(1, len(trainer.order)))):
             trainer.add_callback(callback)
-        trainer.add_callback(Watcher(task, train.tokens_total / max(1, len(trainer.order))))
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         if validation.rows and not _evaluated_last(trainer):
             trainer.evaluate()
         loop_seconds = time.perf_counter() - started
-    if trainer.sharded and not validation.rows:
+    if trainer.sharded and not held_out:
         _keep(trainer, trainer.model, best, team)
     if team.leads:
         methods.write_trained(trainer.model, best, folder)
@@ -169,25 +176,16 @@ def train_with_peft(
     )
 
 
-def _with_adapter(base: Path, settings: FinetuneSettings, package: QuantizedBase | None) -> tuple[Any, int]:
-    """Return the base with the method's adapter on it, and the number of the base's parameters."""
-    method = methods.method_of(settings.method)
-    precision = choose_precision(settings.run.precision, method.name, exact_base=package is not None, trains_base=method.trains_base)
-    model = methods.load_base(base, quantized=method.name == "qlora", precision=precision, package=package)
+def _adapted(base: Path, settings: FinetuneSettings, package: QuantizedBase | None) -> tuple[Any, int]:
+    """Return the base with the method's trainable weights, and the number of its own parameters."""
+    method, trains_base = settings.method.method, methods.method_of(settings.method).trains_base
+    precision = choose_precision(settings.run.precision, method, exact_base=package is not None, trains_base=trains_base)
+    model = methods.load_base(base, quantized=method == "qlora", precision=precision, package=package)
     parameters = sum(p.numel() for p in model.parameters())
     return methods.attach_adapter(model, settings.method), parameters
 
 
-def supervised_trainer(setup: Setup, seed: int) -> Any:
-    """Return the trainer of sft: all rows, or those that the course draws, on the fast step."""
-    from slmops.training.trainer import SupervisedTrainer
-
-    rows, held_out = _pairs(setup.train), _pairs(setup.validation)
-    layout = layout_for(setup.model, rows)
-    return SupervisedTrainer(setup.model, setup.arguments, rows, held_out, seed, layout, setup.keep, order=setup.course.order)
-
-
-def layout_for(model: Any, rows: list[Row]) -> Any:
+def _layout(model: Any, rows: list[Row]) -> Any:
     """Return how rows reach the model, made fast where every process has all weights."""
     from slmops.training.step import Padded, prepare_step
 

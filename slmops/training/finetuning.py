@@ -18,7 +18,7 @@ from slmops.config import FinetuneSettings, flat, load
 from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.errors import InvalidInput, RunFailed
 from slmops.runtime import quantized_base
-from slmops.training import checkpoints, engines, forgetting, launching, methods, objectives, processes, usage
+from slmops.training import checkpoints, effects, engines, forgetting, launching, methods, objectives, processes, usage
 from slmops.training.engines import Run
 from slmops.training.objectives import Material, Task
 from slmops.training.overfitting import find_turn
@@ -46,17 +46,16 @@ def finetune(model: str | Path, data: str | Path | None = None, *, out: str | Pa
     out, run = Path(out), settings.run
     methods.refuse_foreign(settings.method)
     artifact.refuse_occupied(out, force=run.force)
-    objective = objectives.chosen(settings, data)
     check_run(settings)
+    objective = objectives.chosen(settings, data)
     team = processes.find_team(run.processes)
-    objectives.refuse_team(objective, max(team.size, run.processes))
     if run.processes > 1 and team.size == 1:
         return launching.launch(model, data, out, settings)
     base = resolve_base(model)
     methods.refuse_unsupported(base)
     package = methods.find_quantized_base(base, settings.method)
-    files = objectives.files_of(settings)
-    identity = checkpoints.identity(base, data, settings, package.sha256 if package else None, files) | {"processes": team.size}
+    identity = checkpoints.identity(base, data, settings, package.sha256 if package else None, objectives.files_of(settings))
+    identity |= {"processes": team.size}
     if team.leads or run.resume:
         checkpoints.prepare(artifact.partial_folder(out), identity, resume=run.resume)
     kept = methods.without_foreign(settings.method, flat(settings))
@@ -68,12 +67,17 @@ def finetune(model: str | Path, data: str | Path | None = None, *, out: str | Pa
     }
     with processes.shared_draft(team, out, keep=checkpoints.ANY, **details) as draft:
         material = prepare(objective, Task(base, data, settings, draft, package))
+        measures = list(material.course.measures)
+        if settings.forgetting.retain is not None:
+            measures.append(forgetting.retained(settings, base, material.interface))
         if team.leads:
             checkpoints.begin(draft.folder, identity)
         trained = train(base, material, settings, draft, team)
         if team.leads:
             finish(draft, base, data, material, trained, settings)
-            forgetting.record(draft, base, material, settings)
+            if measures:
+                found = effects.measure(base, draft.folder, settings, material.interface, package, measures)
+                forgetting.record(draft, found, settings)
             draft.facts |= {"processes": team.size}
             checkpoints.remove(draft.folder)
     made = processes.written(team, draft)
@@ -96,6 +100,9 @@ def check_run(settings: FinetuneSettings) -> None:
             f"--evaluations {5 * run.patience}, or less patience",
         )
     given = {"patience": run.patience, "checkpoints": run.checkpoints, "checkpoint_steps": run.checkpoint_steps, "report_to": run.report_to}
+    alone = settings.objective.objective in ("multitask", "dpo", "reward") or settings.objective.loss is not None
+    if run.processes > 1 and alone:
+        raise InvalidInput("objectives multitask, dpo and reward and a loss of your own train in one process", "leave --processes out")
     lacking = [name for name, value in (*given.items(), ("processes", run.processes > 1)) if value]
     if engine == "olive" and lacking:
         raise InvalidInput(f"engine olive: Olive's pass has no {', '.join(lacking)}", "leave it out, or use --engine peft")
@@ -118,7 +125,13 @@ def prepare(objective: str, task: Task) -> Material:
     """Read, split and encode what the objective trains on; every loss on the way is a warning of the draft."""
     if task.package is not None and task.package.is_float:
         task.draft.warn(f"quantized_base: the weights of {task.package.folder} are not quantized: this trains on the model itself")
-    return forgetting.with_old_data(objectives.prepare(objective, task), task)
+    material = objectives.prepare(objective, task)
+    if task.settings.forgetting.replay is None:
+        return material
+    material, warnings = forgetting.with_replay(material, task.settings, task.base)
+    for warning in warnings:
+        task.draft.warn(warning)
+    return material
 
 
 def train(base: Path, material: Material, settings: FinetuneSettings, draft: Draft, team: Team) -> Run:
@@ -130,16 +143,9 @@ def train(base: Path, material: Material, settings: FinetuneSettings, draft: Dra
         raise InvalidInput(
             "patience: there are no validation rows to see by whether the run still learns", "give --validation, or leave it out"
         )
+    rows, held_out = material.train, material.validation
     return engines.train_with_peft(
-        base,
-        material.train,
-        material.validation,
-        settings,
-        draft.folder,
-        material.package,
-        out=draft.out,
-        team=team,
-        course=material.course,
+        base, rows, held_out, settings, draft.folder, material.package, material.course, out=draft.out, team=team
     )
 
 
@@ -178,7 +184,7 @@ def finish(draft: Draft, base: Path, data: str | Path | None, material: Material
         "peak_memory_bytes": trained.peak_memory_bytes,
         "trainable_parameters": trained.trainable_parameters,
         "stop_reason": material.interface.stop_reason,
-        "roads": {} if "roads" in material.course.facts else methods.find_roads(draft.folder, base, settings.method),
+        "roads": material.course.facts.get("roads") or methods.find_roads(draft.folder, base, settings.method),
         **({quantized_base.ROLE: package.facts} if package is not None else {}),
         **({"differs_from_peft": list(engines.OLIVE_DIFFERS)} if settings.method.engine == "olive" else {}),
         **told_by_history(draft, trained, engines.total_steps(settings, material.course.rows_per_epoch(corpus))),

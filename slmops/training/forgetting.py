@@ -9,7 +9,7 @@ is worth it is the user's to say.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,9 @@ from slmops.errors import InvalidInput
 from slmops.evaluation import answer_rows, bounded, score
 from slmops.evaluation.evaluating import held_out_rows
 from slmops.runtime.loading import Loaded
-from slmops.training import effects
 from slmops.training.effects import Effect, Measure, Score, perplexity_of
 from slmops.training.mixture import Mixture, Source
-from slmops.training.objectives.material import Material, Task, joined
+from slmops.training.objectives.material import Material, joined
 
 RETAINED = "retain"
 
@@ -84,23 +83,9 @@ def verdict(effect: Effect, settings: FinetuneSettings) -> tuple[dict[str, Any],
     )
 
 
-def with_old_data(material: Material, task: Task) -> Material:
-    """Add what `--replay` and `--retain` ask for: old rows to train on, and old data to measure before and after."""
-    if task.settings.forgetting.replay is not None:
-        material, warnings = with_replay(material, task.settings, task.base)
-        for warning in warnings:
-            task.draft.warn(warning)
-    if task.settings.forgetting.retain is None:
-        return material
-    measures = (*material.course.measures, retained(task.settings, task.base, material.interface))
-    return replace(material, course=replace(material.course, measures=measures))
-
-
-def record(draft: Draft, base: Path, material: Material, settings: FinetuneSettings) -> None:
-    """Measure before and after, and write it into the manifest, with a warning where too much was unlearned."""
-    if not material.course.measures:
-        return
-    own = effects.measure(base, draft.folder, settings, material.interface, material.package, material.course.measures)
+def record(draft: Draft, effects: Mapping[str, Effect], settings: FinetuneSettings) -> None:
+    """Write what was measured before and after into the manifest, with a warning where too much was unlearned."""
+    own = dict(effects)
     old = own.pop(RETAINED, None)
     draft.metrics |= {
         (name if name == effect.after.metric else f"{name}_{effect.after.metric}"): effect.after.estimate.document()

@@ -135,10 +135,9 @@ class SupervisedTrainer(ResumableTrainer):
 
     def measure(self) -> dict[str, float]:
         """Return the validation loss, in nats a supervised token, as `eval_loss`."""
-        model: Any = self.model
-        return {"eval_loss": self.shared_validation_loss(model, 4 * self.args.per_device_train_batch_size)}
+        return {"eval_loss": self.shared_validation_loss(self.model, 4 * self.args.per_device_train_batch_size)}
 
-    def shared_validation_loss(self, model: nn.Module, batch_size: int) -> float:
+    def shared_validation_loss(self, model: Any, batch_size: int) -> float:
         """Return the mean loss over all validation rows, of which each process computes its share."""
         count, index, rows = self.accelerator.num_processes, self.accelerator.process_index, self.validation_rows
         if count == 1 or self.sharded:  # sharded, every process has to take part in every batch

@@ -22,6 +22,7 @@ def write_trained(model: Any, best: Path, folder: Path) -> None:
     """Write what was trained: the best of the run, which lies in `best`, or the model as it is where nothing was kept."""
     if best.is_dir():
         for file in best.iterdir():
+            (folder / file.name).unlink(missing_ok=True)  # a link to the same file would make the move do nothing
             file.replace(folder / file.name)
         best.rmdir()
     else:

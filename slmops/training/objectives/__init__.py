@@ -15,7 +15,7 @@ from slmops.errors import InvalidInput, Unavailable
 from slmops.training.objectives.material import Course, Material, Setup, Task
 from slmops.training.objectives.naming import named
 
-__all__ = ["OBJECTIVES", "Course", "Material", "Objective", "Setup", "Task", "chosen", "files_of", "prepare", "refuse_team"]
+__all__ = ["OBJECTIVES", "Course", "Material", "Objective", "Setup", "Task", "chosen", "files_of", "prepare"]
 
 
 class Objective(NamedTuple):
@@ -31,17 +31,15 @@ class Objective(NamedTuple):
     """Its rows can be mixed with `--replay`."""
     generates: bool = True
     """What it trains is a language model, which `--retain` can measure."""
-    shares: bool = False
-    """Several processes can share its batches."""
 
 
 _TASKS = ("task", "task_prompt_template", "task_completion_template", "task_weight", "task_validation", "task_temperature")
 _ANSWERS = ("chosen_template", "rejected_template")
 OBJECTIVES = {
-    "sft": Objective("supervised", "prepare", engines=("peft", "olive"), replays=True, shares=True),
+    "sft": Objective("supervised", "prepare", engines=("peft", "olive"), replays=True),
     "own loss": Objective("own_loss", "prepare", settings=("loss", "loss_args")),
-    "pretrain": Objective("pretraining", "prepare", engines=("peft", "olive"), replays=True, shares=True),
-    "multitask": Objective("multitask", "prepare", settings=_TASKS, replays=True, shares=True),
+    "pretrain": Objective("pretraining", "prepare", engines=("peft", "olive"), replays=True),
+    "multitask": Objective("multitask", "prepare", settings=_TASKS, replays=True),
     "dpo": Objective("preference", "prepare_dpo", settings=(*_ANSWERS, "dpo_beta")),
     "reward": Objective("preference", "prepare_reward", settings=_ANSWERS, generates=False),
 }
@@ -74,12 +72,6 @@ def chosen(settings: FinetuneSettings, data: str | Path | None) -> str:
     if forgetting.retain is not None and not objective.generates:
         raise InvalidInput(f"objective {name}: what it trains gives no text, so that nothing is retained", "leave --retain out")
     return name
-
-
-def refuse_team(name: str, processes: int) -> None:
-    """Raise Unavailable where several processes were asked for and the objective's loss is over the rows of one."""
-    if processes > 1 and not OBJECTIVES[name].shares:
-        raise Unavailable(f"objective {name} trains in one process, and {processes} are asked for", "leave --processes out")
 
 
 def prepare(name: str, task: Task) -> Material:

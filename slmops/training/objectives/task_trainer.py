@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from slmops import progress
 from slmops.data import Corpus
-from slmops.training.engines import layout_for
 from slmops.training.objectives.material import Setup
+from slmops.training.step import prepare_step
 from slmops.training.trainer import SupervisedTrainer, validation_loss
 
 
@@ -25,14 +26,16 @@ class TaskTrainer(SupervisedTrainer):
 
     def __init__(self, setup: Setup, held_out: Mapping[str, Corpus], seed: int) -> None:
         rows = rows_of(setup.train)
-        layout = layout_for(setup.model, rows)
+        step = prepare_step(setup.model, rows)
+        if step.reason is not None:
+            progress.say(f"rows are padded, not joined: {step.reason}")
         super().__init__(
             setup.model,
             setup.arguments,
             rows,
             rows_of(setup.validation),
             seed,
-            layout,
+            step.layout,
             setup.keep,
             order=setup.course.order,
         )

@@ -43,11 +43,11 @@ class Head:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits (positions, vocabulary) of hidden states (positions, width)."""
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
         hidden = hidden.to(self.causal.get_output_embeddings().weight.dtype)
         own = self.inner.__dict__.get("forward")
-        self.inner.forward = lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=hidden[None])  # pyright: ignore[reportArgumentType]
+        self.inner.forward = lambda *_args, **_kwargs: BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])  # pyright: ignore[reportArgumentType]
         try:
             return self.forward(inputs_embeds=hidden[None], use_cache=False).logits[0]
         finally:

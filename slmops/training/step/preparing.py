@@ -24,7 +24,7 @@ from slmops.training.step.rows import KEY
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 _ROWS, _TOKENS = 3, 64
 # oneDNN, which multiplies in bf16, makes a kernel for each new shape: up to 2.6 ms each, of some 25 products. In fp32 MKL needs none.
-_MULTIPLE = 64
+_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
