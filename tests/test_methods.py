@@ -374,7 +374,7 @@ def test_a_damaged_adapter_of_our_own_is_refused(fault: str, made: dict[str, art
 
 @pytest.mark.parametrize("name", ["bottleneck", "full", "prompt"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(name: str, base: Path, rows: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"method": name, "max_steps": 8, "lora_rank": None, "learning_rate": 1e-2}
+    settings: dict[str, Any] = {"method": name, "max_steps": 8, "lora_rank": None, "learning_rate": 1e-2, "precision": "fp32"}
     whole = finetune(base, rows, tmp_path / "whole", **settings)
     interrupted(6, base, rows, tmp_path / "out", **settings)
     resumed = slmops.finetune(
