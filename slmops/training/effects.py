@@ -86,10 +86,17 @@ def measure(
     found: list[dict[str, Score]] = []
     for name, adapted in (("before", False), ("after", True)):
         progress.say(f"measured {name} the fine-tune")
-        model = hugging_face.attach(model, folder, base) if adapted else model
+        model = _after(model, folder, base) if adapted else model
         loaded = Loaded(TorchRunner(model, folder if adapted else base, threads), tokenizer, interface, None, "model")
         found.append({key: score for one in measures for key, score in one(loaded).items()})
     return {name: Effect(before, found[1][name]) for name, before in found[0].items()}
+
+
+def _after(model: Any, folder: Path, base: Path) -> Any:
+    """Put what was trained on the base; a model that was trained as a whole takes its place."""
+    if (folder / "adapter_config.json").is_file():
+        return hugging_face.attach(model, folder, base)
+    return hugging_face.load_model(folder)
 
 
 def perplexity_of(loaded: Loaded, sequences: Sequence[Encoded]) -> Score:

@@ -187,7 +187,7 @@ def finish(draft: Draft, base: Path, data: str | Path | None, material: Material
         "roads": material.course.facts.get("roads") or methods.find_roads(draft.folder, base, settings.method),
         **({quantized_base.ROLE: package.facts} if package is not None else {}),
         **({"differs_from_peft": list(engines.OLIVE_DIFFERS)} if settings.method.engine == "olive" else {}),
-        **told_by_history(draft, trained, engines.total_steps(settings, corpus.rows)),
+        **told_by_history(draft, trained, engines.total_steps(settings, material.course.rows_per_epoch(corpus))),
         **material.course.facts,
         **facts,
     }

@@ -121,7 +121,9 @@ def _targets(model: Any, settings: MethodSettings) -> dict[str, Any]:
 
 def _attach(model: Any, kind: str, **settings: Any) -> Any:
     peft = environment.require("peft", "to train an adapter")
-    return peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", **settings))
+    # Of a base with a head that scores (a reward model's), PEFT trains and saves the head too.
+    task = "SEQ_CLS" if type(model).__name__.endswith("ForSequenceClassification") else "CAUSAL_LM"
+    return peft.get_peft_model(model, getattr(peft, kind)(task_type=task, **settings))
 
 
 def _prompted(model: Any) -> Any:

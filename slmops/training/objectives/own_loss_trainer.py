@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from slmops.data import NOT_COUNTED, Encoded, Row
+from slmops.training import processes
 from slmops.training.objectives.material import Setup
 from slmops.training.objectives.own_loss import LossBatch, OwnLoss
 from slmops.training.step import Padded
@@ -39,19 +40,16 @@ class OwnLossTrainer(SupervisedTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return the length-grouped batches, as the loss is given them."""
         loader = DataLoader(self.own_rows, batch_sampler=EpochBatches(self.order), collate_fn=collate_rows)  # type: ignore[arg-type]
-        return self.accelerator.prepare(loader)
+        return processes.prepare_loader(loader, self.accelerator)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
-        """Count the rows of an optimizer step, over its accumulated batches and all processes."""
-        count = sum(len(batch["rows"]) for batch in batch_samples)
-        if self.accelerator.num_processes > 1:
-            count = int(self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum"))  # type: ignore[arg-type]
-        return count
+        """Count the rows of an optimizer step, over its accumulated batches."""
+        return sum(len(batch["rows"]) for batch in batch_samples)
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Return the user's loss, weighted by the batch's share of the optimizer step's rows."""
         rows = len(inputs["rows"])
-        return self.loss(model, inputs) * (rows / (num_items_in_batch or rows)) * self.accelerator.num_processes
+        return self.loss(model, inputs) * (rows / (num_items_in_batch or rows))
 
     def measure(self) -> dict[str, float]:
         """Return the mean of the user's loss over the validation rows as `eval_loss`."""

@@ -83,7 +83,8 @@ def prepare_reward(task: Task) -> Material:
 
     def model() -> tuple[Any, int]:
         base = reward_model.load_headed_base(task.base, found.interface, precision="bf16" if settings.run.precision == "bf16" else "fp32")
-        return _with_head(base, settings), sum(p.numel() for p in base.parameters())
+        parameters = sum(p.numel() for p in base.parameters())
+        return methods.attach_adapter(base, settings.method), parameters
 
     def trainer(setup: Setup) -> Any:
         from slmops.training.objectives.trl_trainers import reward_trainer
@@ -156,21 +157,3 @@ def _counted(pairs: Sequence[Pair]) -> Corpus:
 def _facts(settings: FinetuneSettings, found: _Preferences) -> dict[str, Any]:
     own = {"rejected_template": settings.objective.rejected_template, "pairs": len(found.train)}
     return {"preferences": own | ({"beta": settings.objective.dpo_beta} if settings.objective.objective == "dpo" else {})}
-
-
-def _with_head(model: Any, settings: FinetuneSettings) -> Any:
-    """Put a LoRA on a base with a head; the head is trained whole and saved with it."""
-    peft = environment.require("peft", "to train an adapter")
-    method = settings.method
-    if method.target_modules is not None:
-        methods.refuse_unknown_targets(model, method.target_modules)
-    config = peft.LoraConfig(
-        r=method.lora_rank,
-        lora_alpha=method.lora_alpha or 2 * method.lora_rank,
-        lora_dropout=method.lora_dropout,
-        use_dora=method.method == "dora",
-        use_rslora=method.method == "rslora",
-        target_modules=method.target_modules if method.target_modules is not None else "all-linear",
-        task_type="SEQ_CLS",
-    )
-    return peft.get_peft_model(model, config)

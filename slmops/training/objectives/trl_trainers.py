@@ -6,7 +6,6 @@ cards and send telemetry: none of it happens here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from trl.trainer.reward_trainer import RewardTrainer
 
 from slmops.config import FinetuneSettings
 from slmops.data import Pair
+from slmops.training import processes
 from slmops.training.batches import Batches
 from slmops.training.objectives.material import Setup
 from slmops.training.objectives.preference import RATE_AGAINST_SFT
@@ -38,7 +38,7 @@ class _OnOurIds:
     model: Any
     order: Batches
     keep: Callable[[Any], None]
-    best_loss: float = math.inf
+    best_loss: float
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """Return the dataset as it is: it holds token ids already."""
@@ -53,7 +53,7 @@ class _OnOurIds:
     def get_train_dataloader(self) -> DataLoader:
         """Return the length-grouped batches of `slmops.training.batches`."""
         loader = DataLoader(self.train_dataset, batch_sampler=EpochBatches(self.order), collate_fn=self.data_collator)  # type: ignore[arg-type]
-        return self.accelerator.prepare(loader)
+        return processes.prepare_loader(loader, self.accelerator)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure the validation loss; keep the adapter if it is the best so far."""
