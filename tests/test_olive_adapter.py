@@ -381,10 +381,10 @@ def test_qlora_run(model: Path, rows: list, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "kind", "tensors"),
     [
-        # magnitudes (outputs) beside rank x (in + out); two pairs in place of one; w1 and w2 are small enough to be whole
+        # magnitudes (outputs) beside rank x (in + out); two pairs in place of one; w1 whole, and w2 too where it is small
         ("DoRA", "LORA", {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"}),
         ("LoHa", "LOHA", {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),
-        ("LoKr", "LOKR", {"lokr_w1", "lokr_w2_a", "lokr_w2_b"}),
+        ("LoKr", "LOKR", {"lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b"}),
     ],
 )
 def test_the_other_passes_run(model: Path, rows: list, tmp_path: Path, variant: str, kind: str, tensors: set[str]) -> None:
