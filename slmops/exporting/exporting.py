@@ -1,0 +1,81 @@
+"""From a model to a folder that runs on the device: what does `slmops export` do?
+
+Everything that can be known before weights are loaded is checked first (`preflight`). Then the builder's float graph
+is quantized by the target's recipe, written as twins (all logits for the proof, the last token's for the device),
+read back and checked against what was asked, and run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from slmops import artifact, progress, targets
+from slmops.artifact import Artifact, Draft
+from slmops.config import ExportSettings, flat, load
+from slmops.exporting.genai_graph import run_once, write_export
+from slmops.exporting.preflight import choose_bounded_interface, preflight
+from slmops.graph.recipes import recipe_for
+from slmops.verification import self_test
+
+# Of each matrix, for the look at the fine-tune before it is quantized: enough for figures within some percent.
+_PLANNED_ROWS = 64
+
+
+def export(model: str | Path, *, out: str | Path, config: Any = None, **overrides: Any) -> Artifact:
+    """Export a model for a device.
+
+    Args:
+        model: a Hugging Face folder, an artefact of kind "model", or an adapter (merged first).
+        out: the export folder to write.
+        config: YAML file or mapping of `ExportSettings`.
+        overrides: single settings, such as `precision="int8"`.
+
+    Raises:
+        Unavailable: the target, the architecture or its shape is not supported here; a library is missing.
+        InvalidInput: a setting does not fit the model.
+        BadArtifact: the model has no safe weights, or `out` is occupied.
+        RunFailed: the builder failed, or the graph that it wrote is not the one asked for.
+    """
+    settings = load(ExportSettings, config, **overrides)
+    source, out = Path(model), Path(out)
+    artifact.refuse_occupied(out, force=settings.force)
+    target = targets.find(settings.device, settings.provider, settings.precision)
+    recipe = recipe_for(settings.precision, settings.block_size)
+    if (source / "adapter_config.json").is_file():
+        return _export_adapter(source, out, settings)
+    found = artifact.checked(source, "model", "export the folder that `slmops merge` wrote")
+    shape = preflight(artifact.require_model(source), out)
+    with artifact.create(out, kind="export", command="export", config=flat(settings), force=settings.force) as draft:
+        interface = choose_bounded_interface(source, found, shape, settings.max_length_tokens, draft)
+        _foretell(draft, source, found, settings)
+        write_export(draft, source, interface, target, recipe)
+        run_once(draft.folder, interface)
+        # Of a merged model its adapter has the validation rows, a model that was trained as a whole has them itself.
+        tuned = (found.find("adapter") or source) if found is not None else None
+        prompts = self_test.prompts_of(tuned, source, interface) if tuned is not None else []
+        self_test.record(draft.folder, draft.interface, draft.facts, {"": prompts})
+    return draft.done()
+
+
+def _export_adapter(adapter: Path, out: Path, settings: ExportSettings) -> Artifact:
+    """Merge an adapter beside the export first, so that the package has its baseline."""
+    from slmops.adapters import merge  # same layer: an adapter folder is a model too
+
+    merged = out.parent / f"{out.name}.merged"
+    progress.say(f"{adapter} is an adapter: merging it into its base first, as {merged}")
+    merge(adapter, out=merged, force=True)
+    return export(merged, out=out, config=flat(settings))
+
+
+def _foretell(draft: Draft, source: Path, found: Artifact | None, settings: ExportSettings) -> None:
+    """Warn where little of a fine-tune that was merged will be left in the quantized weights (`slmops merge --plan`)."""
+    from slmops.adapters.planning import FINE, plan_model
+
+    base = found.find("base") if found is not None else None
+    recipe = recipe_for(settings.precision, settings.block_size)  # one of its own: a recipe remembers what it was asked
+    if base is None or not base.is_dir() or not recipe.bits:
+        return
+    plan = plan_model(source, base, recipe, most_rows=_PLANNED_ROWS)
+    if plan is not None and plan.advice != FINE:
+        draft.warn(f"{plan.advice}: {plan.reason}")

@@ -1,0 +1,90 @@
+"""The road of onnxruntime-genai: its builder's float graph, quantized by our recipe, written as twins, read back and run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from slmops import artifact, environment, targets
+from slmops.artifact import Draft
+from slmops.data import Interface
+from slmops.data.tokenizer_files import copy_tokenizer
+from slmops.errors import RunFailed, Unavailable
+from slmops.graph import checking
+from slmops.graph.recipes import Recipe
+from slmops.runtime import hugging_face
+
+
+def write_export(draft: Draft, source: Path, interface: Interface, target: targets.Target, recipe: Recipe) -> None:
+    """Write graphs, runtime config and tokenizer of a model into a draft, with their facts.
+
+    Raises:
+        RunFailed: the builder failed, or the graph that it wrote is not the one asked for.
+    """
+    from slmops.graph import building, linears, rewriting
+
+    with TemporaryDirectory(prefix="slmops-export-") as scratch:
+        built = Path(scratch) / "float"
+        building.build(
+            source,
+            built,
+            precision="fp32",
+            provider="cpu",
+            context_tokens=interface.max_length_tokens,
+            options={"fuse_mlp_gate_up": "true"},
+        )
+        graph = linears.load_graph(built / rewriting.MAIN)
+        if recipe.bits:
+            rewriting.quantize_graph(graph, recipe.scheme)
+        rewriting.save_twins(graph, draft.folder)
+        _write_runtime_config(built / "genai_config.json", draft.folder / "genai_config.json", interface)
+    copy_tokenizer(source, draft.folder)
+    problems = checking.problems(draft.folder, recipe.document()["options"])
+    if problems:
+        raise RunFailed(f"the graph is not the one asked for: {'; '.join(problems)}", "report the model's architecture and this message")
+    draft.add_input("baseline", source)
+    draft.interface = interface.model_dump(mode="json")
+    graphs = [file for file in draft.folder.iterdir() if file.suffix in (".onnx", ".data")]
+    draft.facts = {
+        "device": target.device,
+        "provider": target.provider,
+        "precision": target.precision,
+        "recipe": recipe.document(),
+        "size_bytes": sum(file.stat().st_size for file in graphs),
+        "bytes_per_parameter": round(sum(file.stat().st_size for file in graphs) / hugging_face.parameter_count(source), 4),
+        "level": "executed",
+        "max_length_tokens": interface.max_length_tokens,
+    }
+
+
+def _write_runtime_config(source: Path, path: Path, interface: Interface) -> None:
+    """Write `genai_config.json` with our stop tokens and length in place of the builder's guesses."""
+    content = json.loads(source.read_text(encoding="utf-8"))
+    model, search = content["model"], content["search"]
+    stops = list(interface.stop_token_ids)
+    model["eos_token_id"] = stops if len(stops) != 1 else stops[0]
+    model["context_length"] = interface.max_length_tokens
+    search["max_length"] = interface.max_length_tokens
+    search["do_sample"] = False
+    artifact.write_json(path, content)
+
+
+def run_once(folder: Path, interface: Interface) -> None:
+    """Generate a few tokens with the runtime, so that `executed` is true.
+
+    Raises:
+        Unavailable: the runtime cannot run the graph.
+    """
+    from slmops.runtime.genai_runner import GenaiRunner
+
+    runner = GenaiRunner(folder, threads=environment.usable_cores())
+    try:
+        runner.time([interface.bos_token_id or 0, 1, 2], new_tokens=2)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise Unavailable(
+            f"the graph was built, and onnxruntime cannot run it: {reason}", "take a model of another architecture or shape"
+        ) from error
+    finally:
+        runner.close()
