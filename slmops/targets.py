@@ -15,6 +15,8 @@ from typing import Literal
 from slmops.errors import Unavailable
 
 Level = Literal["built", "compiled", "executed"]
+Road = Literal["genai", "qnn", "openvino"]
+"""genai: a graph that onnxruntime-genai runs; qnn: compiled for a Qualcomm NPU; openvino: IR that openvino-genai runs."""
 
 
 @dataclass(frozen=True)
@@ -24,42 +26,113 @@ class Target:
     device: str
     provider: str
     precision: str
-    builder_provider: str
-    """What the model builder calls the provider."""
-    builder_precision: str
-    """What the model builder calls the precision."""
+    road: Road
+    """Which writer of `slmops.exporting` makes it, and which Runner runs it."""
     ort_provider: str
     """What onnxruntime calls the provider."""
     runtime_package: str
     """Distribution that runs the export."""
+    extra: str
+    """Extra of slmops that brings it; empty where none does."""
     level: Level
     """How far this target was taken by slmops's own tests."""
+    recipe: str
+    """How weights are stored, in one line."""
     lacks: str
     """What the target cannot do, in one line; empty where nothing is known to lack."""
     check: str
-    """How it was checked, in one line."""
+    """How it was checked, in one line, and where."""
+    runtime_adapters: bool = False
+    """A package of it takes adapters at run time; where it does not, they are merged first."""
+    builder_provider: str = ""
+    """Road genai: what the model builder calls the provider."""
+    builder_precision: str = ""
+    """Road genai: what the model builder calls the precision of the graph that it writes; slmops quantizes it."""
 
-    def document(self) -> dict[str, str]:
+    @property
+    def name(self) -> str:
+        """Say the target in a few words, as messages do."""
+        return f"{self.device} {self.precision}" if self.provider == self.device else f"{self.device} {self.provider} {self.precision}"
+
+    def document(self) -> dict[str, str | bool]:
         """Return the JSON form."""
         return {
             "device": self.device,
             "provider": self.provider,
             "precision": self.precision,
             "level": self.level,
+            "road": self.road,
+            "recipe": self.recipe,
             "runtime_package": self.runtime_package,
+            "extra": self.extra,
+            "runtime_adapters": self.runtime_adapters,
             "lacks": self.lacks,
             "check": self.check,
         }
 
 
-def _cpu(precision: str, check: str) -> Target:
-    return Target("cpu", "cpu", precision, "cpu", precision, "CPUExecutionProvider", "onnxruntime-genai", "executed", "", check)
+def _cpu(precision: str, recipe: str, check: str) -> Target:
+    return Target(
+        device="cpu",
+        provider="cpu",
+        precision=precision,
+        road="genai",
+        ort_provider="CPUExecutionProvider",
+        runtime_package="onnxruntime-genai",
+        extra="runtime",
+        level="executed",
+        recipe=recipe,
+        lacks="",
+        check=check,
+        runtime_adapters=True,
+        builder_provider="cpu",
+        builder_precision="fp32",
+    )
 
 
+def _qnn(precision: str, recipe: str) -> Target:
+    return Target(
+        device="npu",
+        provider="qnn",
+        precision=precision,
+        road="qnn",
+        ort_provider="QNNExecutionProvider",
+        runtime_package="onnxruntime-qnn",
+        extra="qnn",
+        level="compiled",
+        recipe=recipe,
+        lacks="runtime adapters (merged first), dynamic shapes",
+        check="compiled ahead of time for the SoC, and run on the host",
+    )
+
+
+def _openvino(device: str, precision: str, level: Level, lacks: str, check: str) -> Target:
+    return Target(
+        device=device,
+        provider="openvino",
+        precision=precision,
+        road="openvino",
+        ort_provider="OpenVINOExecutionProvider",
+        runtime_package="openvino-genai",
+        extra="openvino",
+        level=level,
+        recipe=f"OpenVINO IR in {precision}",
+        lacks=lacks,
+        check=check,
+    )
+
+
+_WITHIN_BARS = "KL and task metric against PyTorch within the bars of `slmops verify`, on this CPU"
+
+# The first target of a device has its usual provider.
 TARGETS = (
-    _cpu("fp32", "logits equal PyTorch's to 2e-4 and answers are the same, on this CPU"),
-    _cpu("int8", "KL and task metric against PyTorch within the bars of `slmops verify`, on this CPU"),
-    _cpu("int4", "KL and task metric against PyTorch within the bars of `slmops verify`, on this CPU"),
+    _cpu("fp32", "float", "logits equal PyTorch's to 2e-4 and answers are the same, on this CPU"),
+    _cpu("int8", "8 bits in blocks of 64 with zero points, by least squares", _WITHIN_BARS),
+    _cpu("int4", "4 bits in blocks of 32 to 256, query, key and value in 8, by least squares", _WITHIN_BARS),
+    *(_qnn(precision, "as for the CPU") for precision in ("int4",)),
+    *(_openvino("cpu", precision, "executed", "", _WITHIN_BARS) for precision in ("fp32", "fp16", "int8", "int4")),
+    *(_openvino("gpu", precision, "executed", "", f"{_WITHIN_BARS}; no GPU") for precision in ("fp16", "int8", "int4")),
+    *(_openvino("npu", precision, "executed", "dynamic shapes", f"{_WITHIN_BARS}; no NPU") for precision in ("int8", "int4")),
 )
 
 # What the builder writes without complaint and the runtime then refuses: worse than an error at once.
@@ -126,7 +199,8 @@ def find(device: str = "cpu", provider: str | None = None, precision: str = "int
     if not of_device:
         known = _listed({target.device for target in TARGETS})
         raise Unavailable(f"this slmops has no target for device {device!r} (it has: {known})", _nearest(TARGETS, precision))
-    of_provider = [target for target in of_device if provider in (None, target.provider, target.ort_provider)]
+    chosen = provider or of_device[0].provider
+    of_provider = [target for target in of_device if chosen in (target.provider, target.ort_provider)]
     if not of_provider:
         names = sorted({target.provider for target in of_device})
         close = get_close_matches(str(provider), names, n=1)

@@ -15,7 +15,7 @@ from slmops.errors import Unavailable
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_cpu_targets_are_executed(precision: str):
     target = targets.find("cpu", None, precision)
-    assert (target.builder_provider, target.builder_precision, target.level) == ("cpu", precision, "executed")
+    assert (target.road, target.builder_provider, target.builder_precision, target.level) == ("genai", "cpu", "fp32", "executed")
     assert targets.find("cpu", "CPUExecutionProvider", precision) is target
     assert targets.find("cpu", "cpu", precision) is target
 

@@ -1,22 +1,34 @@
 """From a model to a folder that runs on the device: what does `slmops export` do?
 
-Everything that can be known before weights are loaded is checked first (`preflight`). Then the builder's float graph
-is quantized by the target's recipe, written as twins (all logits for the proof, the last token's for the device),
-read back and checked against what was asked, and run.
+Everything that can be known before weights are loaded is checked first (`preflight`). Then the writer of the target's
+road makes the folder, reads it back, checks it against what was asked and takes it as far as this machine can: its facts
+say to which level. A writer is `write(draft, source, interface, target, settings, shape)`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from slmops import artifact, progress, targets
 from slmops.artifact import Artifact, Draft
 from slmops.config import ExportSettings, flat, load
-from slmops.exporting.genai_graph import run_once, write_export
+from slmops.data import Interface
 from slmops.exporting.preflight import choose_bounded_interface, preflight
 from slmops.graph.recipes import recipe_for
+from slmops.graph.shapes import Shape
+from slmops.targets import Road, Target
 from slmops.verification import self_test
+
+_Writer = Callable[[Draft, Path, Interface, Target, ExportSettings, Shape], None]
+# Imported when they are needed: each road has libraries of its own.
+_WRITERS: dict[Road, str] = {
+    "genai": "slmops.exporting.genai_graph",
+    "qnn": "slmops.exporting.qnn",
+    "openvino": "slmops.exporting.openvino",
+}
 
 # Of each matrix, for the look at the fine-tune before it is quantized: enough for figures within some percent.
 _PLANNED_ROWS = 64
@@ -41,7 +53,7 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
     source, out = Path(model), Path(out)
     artifact.refuse_occupied(out, force=settings.force)
     target = targets.find(settings.device, settings.provider, settings.precision)
-    recipe = recipe_for(settings.precision, settings.block_size)
+    recipe_for(settings.precision, settings.block_size)  # a block size that no kernel takes is refused here
     if (source / "adapter_config.json").is_file():
         return _export_adapter(source, out, settings)
     found = artifact.checked(source, "model", "export the folder that `slmops merge` wrote")
@@ -49,13 +61,18 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
     with artifact.create(out, kind="export", command="export", config=flat(settings), force=settings.force) as draft:
         interface = choose_bounded_interface(source, found, shape, settings.max_length_tokens, draft)
         _foretell(draft, source, found, settings)
-        write_export(draft, source, interface, target, recipe)
-        run_once(draft.folder, interface)
+        writer_of(target.road)(draft, source, interface, target, settings, shape)
         # Of a merged model its adapter has the validation rows, a model that was trained as a whole has them itself.
         tuned = (found.find("adapter") or source) if found is not None else None
         prompts = self_test.prompts_of(tuned, source, interface) if tuned is not None else []
-        self_test.record(draft.folder, draft.interface, draft.facts, {"": prompts})
+        if draft.facts["level"] == "executed":  # a self-test is what was computed here
+            self_test.record(draft.folder, draft.interface, draft.facts, {"": prompts})
     return draft.done()
+
+
+def writer_of(road: Road) -> _Writer:
+    """Return what writes the exports of a road: it fills the draft's folder, inputs, interface and facts (`level` among them)."""
+    return import_module(_WRITERS[road]).write
 
 
 def _export_adapter(adapter: Path, out: Path, settings: ExportSettings) -> Artifact:

@@ -8,12 +8,25 @@ from tempfile import TemporaryDirectory
 
 from slmops import artifact, environment, targets
 from slmops.artifact import Draft
+from slmops.config import ExportSettings
 from slmops.data import Interface
 from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.errors import RunFailed, Unavailable
 from slmops.graph import checking
-from slmops.graph.recipes import Recipe
+from slmops.graph.recipes import Recipe, recipe_for
+from slmops.graph.shapes import Shape
 from slmops.runtime import hugging_face
+
+
+def write(draft: Draft, source: Path, interface: Interface, target: targets.Target, settings: ExportSettings, shape: Shape) -> None:
+    """Write an export, and run it once: see `slmops.exporting.exporting`.
+
+    Raises:
+        RunFailed: the builder failed, or the graph that it wrote is not the one asked for.
+        Unavailable: the runtime cannot run the graph.
+    """
+    write_export(draft, source, interface, target, recipe_for(settings.precision, settings.block_size))
+    run_once(draft.folder, interface)
 
 
 def write_export(draft: Draft, source: Path, interface: Interface, target: targets.Target, recipe: Recipe) -> None:

@@ -17,7 +17,7 @@ from slmops import artifact, progress, targets
 from slmops.artifact import Artifact, Draft
 from slmops.config import PackSettings, flat, load
 from slmops.data import Interface
-from slmops.errors import BadArtifact, InvalidInput, RunFailed
+from slmops.errors import BadArtifact, InvalidInput, RunFailed, Unavailable
 from slmops.exporting import choose_bounded_interface, preflight, run_once, write_export
 from slmops.graph import checking
 from slmops.graph.linears import load_graph
@@ -89,6 +89,11 @@ def _assemble(source: Path, named: dict[str, Path], settings: PackSettings) -> A
         _refuse_unlike(exported, settings)
     model = _model_of(exported) if exported is not None else source
     target = targets.find(settings.device, settings.provider, settings.precision)
+    if not target.runtime_adapters:
+        raise Unavailable(
+            f"{target.name} takes no adapters at run time",
+            f"slmops merge them, then slmops export MERGED --device {target.device} --provider {target.provider} --precision {target.precision}",
+        )
     recipe = recipe_for(settings.precision, settings.block_size)
     model_found = artifact.checked(model, "model", "give the base model that the adapters were trained on, or an export of it")
     shape = preflight(artifact.require_model(model), settings.out)
