@@ -28,7 +28,7 @@ from slmops.graph.quantization import quantize
 from slmops.graph.recipes import recipe_for
 from slmops.results import log_softmax
 from slmops.runtime.hugging_face import load_model
-from slmops.runtime.stored_weights import StoredWeights
+from slmops.graph.stored_weights import StoredWeights
 
 Weights = dict[str, np.ndarray]
 """Matrices by parameter, (outputs, inputs) float32; of a fine-tune, those that it changed."""
