@@ -6,6 +6,7 @@ Loaded into the builder's process, which shares nothing with slmops. Each was se
 - a model whose every layer has a sliding window (Mistral, Phi3) says no `layer_types`, and the builder drops the window: right
   up to its length, NMSE 0.9 beyond;
 - Gemma scales its embeddings by the square root of their width, the builder by two decimals of it: NMSE 2e-8;
+- a Llama whose RoPE is scaled linearly gets an unscaled one: NMSE 0.2;
 - Gemma 3 has a RoPE for each kind of layer, in a nested table that the builder does not read (KeyError);
 - the layers of SmolLM3 without RoPE get one from an input that the graph does not have (KeyError);
 - Phi and Nemotron name the epsilon of their norms otherwise than Llama, and get 1e-6: NMSE 3e-7;
@@ -22,10 +23,12 @@ def mend() -> None:
     """Replace the methods of the builder's classes that are wrong; its modules must be importable."""
     from builders.base import Model  # type: ignore[import-not-found]
     from builders.gemma import Gemma3Model, GemmaModel  # type: ignore[import-not-found]
+    from builders.llama import LlamaModel  # type: ignore[import-not-found]
     from builders.smollm import SmolLM3Model  # type: ignore[import-not-found]
 
     _mend_config(Model)
     _mend_head(Model)
+    _mend_llama(Model, LlamaModel)
     _mend_gemma(GemmaModel)
     _mend_gemma3(Model, Gemma3Model)
     _mend_smollm3(SmolLM3Model)
@@ -54,6 +57,16 @@ def _mend_head(model: Any) -> None:
         return module is head if head is not None else has_lm_head(self, module)
 
     model.has_lm_head = is_head
+
+
+def _mend_llama(base: Any, model: Any) -> None:
+    make_rope_init = model.make_rope_init
+
+    def read(self: Any, config: Any) -> None:
+        kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+        (make_rope_init if kind == "llama3" else base.make_rope_init)(self, config)
+
+    model.make_rope_init = read
 
 
 def _mend_gemma(model: Any) -> None:
