@@ -96,7 +96,7 @@ def test_the_hint_is_true_of_gpt2_and_of_t5(tokenizer: Path, tmp_path: Path) -> 
     import transformers
 
     torch.manual_seed(0)
-    tokens = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2}
+    tokens: dict[str, Any] = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2}
     made = {
         "gpt2": transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=128, **tokens)),
         "t5": transformers.T5ForConditionalGeneration(

@@ -134,7 +134,8 @@ def _merged(adapter: Path, place: Path) -> Path:
     from slmops.adapters import merge  # same layer: an adapter folder is a model too
 
     progress.say(f"{adapter} is an adapter: merging it into its base first, as {place}")
-    return merge(adapter, out=place, force=True).path
+    merge(adapter, out=place, force=True)
+    return place
 
 
 def _foretell(draft: Draft, source: Path, found: Artifact | None, settings: ExportSettings) -> None:
