@@ -90,6 +90,7 @@ def test_what_would_come_out_wrong_is_refused_by_name(name: str, tokenizer: Path
         assert caught.value.exit_code == 3
 
 
+@pytest.mark.slow
 def test_the_hint_is_true_of_gpt2_and_of_t5(tokenizer: Path, tmp_path: Path) -> None:
     """GPT-2 fine-tunes, merges and evaluates; with T5 nothing begins."""
     import torch
