@@ -2,8 +2,8 @@
 
 A small model's step is bound by the number of operators, not by their work: 84 pairs cost 84 casts, 84 gradient norms,
 84 accumulations. Here A and B of every layer are slices of one flat parameter: one product makes all pairs ready for the
-products, in their precision and with their scale, and one makes the gradient of all. PEFT's own parameters become views
-of it, so that PEFT saves and loads them as ever.
+products, in their precision, and one hands on the gradient of all. PEFT's own parameters become views of it, so that
+PEFT saves and loads them as ever.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Adapted:
     widths: tuple[int, ...]
     pairs: list[Pair]
     down: torch.Tensor | None = None
-    """s A of all pairs, stacked, (ranks, inputs), in the precision of the products; None without pairs."""
+    """A of all pairs, stacked, (ranks, inputs), in the precision of the products; None without pairs."""
     down_turned: torch.Tensor | None = None
     down_gradient: torch.Tensor | None = None
     store: PairStore | None = None
@@ -72,10 +72,7 @@ class PairStore:
         held = [layer for layer in layers if layer.pairs]
         self.members = [x for layer in held for x in (*(p.a for p in layer.pairs), *(p.b for p in layer.pairs))]
         dtype = held[0].weight.dtype
-        scales = [s for layer in held for s in (*(p.scale for p in layer.pairs), *(1.0 for _ in layer.pairs))]
         self.parameter = nn.Parameter(torch.cat([x.detach().flatten().float() for x in self.members]))
-        sizes = torch.tensor([x.numel() for x in self.members])
-        self.scale = torch.repeat_interleave(torch.tensor(scales), sizes).to(self.parameter.device)
         self.ready = torch.zeros_like(self.parameter, dtype=dtype).detach()
         self.gradient = torch.zeros_like(self.ready)
         self.tick: torch.Tensor | None = None
@@ -110,12 +107,12 @@ class PairStore:
     def begin(self) -> None:
         """Make the pairs ready for one pass through the model."""
         with torch.no_grad():
-            torch.mul(self.parameter, self.scale, out=self.ready)
+            self.ready.copy_(self.parameter)
         self.tick = _Tick.apply(self.parameter, self) if torch.is_grad_enabled() else None
 
     def take_gradient(self) -> torch.Tensor:
         """Return what the pass back has gathered, and empty it."""
-        found = self.gradient * self.scale
+        found = self.gradient.to(self.parameter.dtype, copy=True)
         self.gradient.zero_()
         return found
 
