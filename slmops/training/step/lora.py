@@ -26,10 +26,8 @@ def forward(layer: Adapted, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     if layer.down_turned is None:
         return y, None
     h = x.mm(layer.down_turned)
-    if len(layer.widths) == 1:
-        return y.addmm_(h, layer.pairs[0].up_turned, alpha=layer.pairs[0].scale), h
-    for pair in layer.pairs:
-        y[:, pair.outputs].addmm_(h[:, pair.ranks], pair.up_turned, alpha=pair.scale)
+    for block in layer.blocks:
+        y[:, block.outputs].addmm_(h[:, block.ranks], block.up_turned, alpha=block.scale)
     return y, h
 
 
@@ -38,16 +36,11 @@ def backward(layer: Adapted, x: torch.Tensor, h: torch.Tensor | None, dy: torch.
     dx = dy @ layer.weight if needs_x else None
     if h is None or layer.down is None or layer.down_gradient is None:
         return dx
-    if len(layer.widths) == 1:
-        pair = layer.pairs[0]
-        pair.up_gradient.addmm_(dy.t(), h, alpha=pair.scale)
-        dh = torch.addmm(h, dy, pair.up, beta=0, alpha=pair.scale)
-    else:
-        dh = torch.empty_like(h)
-        for pair in layer.pairs:
-            part = dy[:, pair.outputs]
-            pair.up_gradient.addmm_(part.t(), h[:, pair.ranks], alpha=pair.scale)
-            dh[:, pair.ranks].addmm_(part, pair.up, beta=0, alpha=pair.scale)
+    for pair in layer.pairs:
+        pair.up_gradient.addmm_(dy[:, pair.outputs].t(), h[:, pair.ranks], alpha=pair.scale)
+    dh = torch.empty_like(h)
+    for block in layer.blocks:
+        dh[:, block.ranks].addmm_(dy[:, block.outputs], block.up, beta=0, alpha=block.scale)
     layer.down_gradient.addmm_(dh.t(), x)
     return dx.addmm_(dh, layer.down) if dx is not None else None
 

@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+# One product with zeros in it is faster than several small ones up to this size of B: 86 us in place of 108 for q, k and v of a layer
+# 576 wide, 39 in place of 86 if 192 wide, but 167 in place of 141 for a gate and up of 3,072 outputs.
+_LARGEST_BLOCK = 2**16
+
 
 @dataclass
 class Pair:
@@ -32,11 +36,19 @@ class Pair:
     scale: float
     outputs: slice
     ranks: slice = field(default_factory=lambda: slice(0))
-    up: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """B, in the precision of the products."""
-    up_turned: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """Its transpose: making a view anew at each step costs as much as a small product."""
     up_gradient: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass
+class Block:
+    """B, in the precision of the products: of a pair, or of all pairs of stacked layers, each in its place and zeros elsewhere."""
+
+    outputs: slice
+    ranks: slice
+    scale: float
+    up: torch.Tensor
+    """(outputs, rank)."""
+    up_turned: torch.Tensor
 
 
 @dataclass
@@ -57,7 +69,10 @@ class Adapted:
     down: torch.Tensor | None = None
     """A of all pairs, stacked, (ranks, inputs), in the precision of the products; None without pairs."""
     down_turned: torch.Tensor | None = None
+    """Its transpose: making a view anew at each step costs as much as a small product."""
     down_gradient: torch.Tensor | None = None
+    blocks: list[Block] = field(default_factory=list)
+    """B of all pairs: one for the layer, or one for each pair."""
     store: PairStore | None = None
 
 
@@ -77,6 +92,8 @@ class PairStore:
         self.gradient = torch.zeros_like(self.ready)
         self.tick: torch.Tensor | None = None
         self.nothing = torch.zeros((), device=self.parameter.device)
+        self.copied: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+        """Where B of a pair stands among those of others, where it comes from, and a scale that is not the block's."""
         self._bind(held)
 
     def _bind(self, layers: Sequence[Adapted]) -> None:
@@ -95,19 +112,35 @@ class PairStore:
                 pair.ranks = slice(row, row + pair.a.shape[0])
                 row += pair.a.shape[0]
                 at += pair.a.numel()
+            ready: list[torch.Tensor] = []
             for pair in layer.pairs:
                 pair.b.data = self.parameter.data[at : at + pair.b.numel()].view(pair.b.shape)
-                pair.up = self.ready[at : at + pair.b.numel()].view(pair.b.shape)
-                pair.up_turned = pair.up.t()
+                ready.append(self.ready[at : at + pair.b.numel()].view(pair.b.shape))
                 pair.up_gradient = self.gradient[at : at + pair.b.numel()].view(pair.b.shape)
                 at += pair.b.numel()
                 pair.a.requires_grad_(False)
                 pair.b.requires_grad_(False)
+            self._stack(layer, ready)
+
+    def _stack(self, layer: Adapted, ready: list[torch.Tensor]) -> None:
+        """Make the blocks of a layer from B of its pairs, (outputs, rank) each."""
+        outputs, ranks = layer.weight.shape[0], sum(b.shape[1] for b in ready)
+        if len(ready) == 1 or outputs * ranks > _LARGEST_BLOCK:
+            layer.blocks = [Block(p.outputs, p.ranks, p.scale, b, b.t()) for p, b in zip(layer.pairs, ready, strict=True)]
+            return
+        scale, whole = layer.pairs[0].scale, self.ready.new_zeros(outputs, ranks)
+        for pair, b in zip(layer.pairs, ready, strict=True):
+            self.copied.append((whole[pair.outputs, pair.ranks], b, pair.scale / scale))
+        layer.blocks = [Block(slice(outputs), slice(ranks), scale, whole, whole.t())]
 
     def begin(self) -> None:
         """Make the pairs ready for one pass through the model."""
         with torch.no_grad():
             self.ready.copy_(self.parameter)
+            for place, b, scale in self.copied:
+                place.copy_(b)
+                if scale != 1.0:
+                    place.mul_(scale)
         self.tick = _Tick.apply(self.parameter, self) if torch.is_grad_enabled() else None
 
     def take_gradient(self) -> torch.Tensor:
