@@ -377,6 +377,12 @@ def test_adapters_at_run_time_are_refused_for_a_gpu(model: Path, tmp_path: Path)
     assert "slmops merge" in caught.value.hint
 
 
+@pytest.mark.slow
+def test_an_export_for_a_gpu_takes_no_adapters_either(cuda: Path, tmp_path: Path):
+    with pytest.raises(Unavailable, match="gpu cuda fp16 takes no adapters at run time"):
+        slmops.pack(cuda, adapter=["a=runs/a"], out=tmp_path / "package")
+
+
 def rows_of_text() -> list[dict[str, Any]]:
     from tiny import ROWS
 

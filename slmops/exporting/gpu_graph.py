@@ -26,8 +26,6 @@ from slmops.runtime import hugging_face
 from slmops.runtime.providers import absence
 from slmops.targets import Target
 
-TWIN_SAYS = "numerics by a float twin on the CPU"
-
 
 def write(draft: Draft, source: Path, interface: Interface, target: Target, settings: ExportSettings, shape: Shape) -> None:
     """Write an export for a GPU: see `slmops.exporting.exporting`.
@@ -50,7 +48,9 @@ def write(draft: Draft, source: Path, interface: Interface, target: Target, sett
     if missing is None:
         run_once(draft.folder, interface)
     else:
-        draft.warn(f"{target.provider} is not here ({missing}): built and checked against its kernels, and {TWIN_SAYS}; not executed")
+        draft.warn(
+            f"{target.provider} is not here ({missing}): checked against its kernels and run as a float twin on the CPU, not executed"
+        )
     draft.add_input("baseline", source)
     draft.interface = interface.model_dump(mode="json")
     draft.facts = _facts(draft.folder, source, interface, target, recipe, "executed" if missing is None else "built")

@@ -88,7 +88,8 @@ def _assemble(source: Path, named: dict[str, Path], settings: PackSettings) -> A
     if exported is not None:
         _refuse_unlike(exported, settings)
     model = _model_of(exported) if exported is not None else source
-    target = targets.find(settings.device, settings.provider, settings.precision)
+    asked = exported.manifest.facts if exported is not None else settings.model_dump()
+    target = targets.find(asked["device"], asked["provider"], asked["precision"])
     if not target.runtime_adapters:
         raise Unavailable(
             f"{target.name} takes no adapters at run time",
