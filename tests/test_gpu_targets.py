@@ -331,6 +331,15 @@ def test_a_broken_package_is_seen_though_nothing_here_can_run_it(model: Path, cu
     result = slmops.verify(other, threads=1, data=rows, baseline=str(model))
     assert result.failed_stage == "graph"
     assert "com.microsoft.Swish has no kernel on cuda" in result.stages[-1].explanation
+    # A node without an attribute that it needs: its operator and types are right.
+    for name in (MAIN, FULL):
+        planted = load_graph(cuda / name)
+        del next(node for node in planted.graph if node.op_type == "GroupQueryAttention").attributes["num_heads"]
+        ir.save(planted, other / name)
+    artifact.seal(other)
+    result = slmops.verify(other, threads=1, data=rows, baseline=str(model))
+    assert result.failed_stage == "graph"
+    assert "num_heads" in result.stages[-1].explanation
     # A config that would run it elsewhere.
     config = shutil.copytree(cuda, tmp_path / "config")
     content = json.loads((config / "genai_config.json").read_text())

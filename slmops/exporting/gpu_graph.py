@@ -21,9 +21,10 @@ from slmops.errors import RunFailed
 from slmops.exporting.genai_graph import run_once, write_runtime_config
 from slmops.graph import checking, kernels
 from slmops.graph.recipes import Recipe, recipe_for
+from slmops.graph.rewriting import FULL, MAIN
 from slmops.graph.shapes import Shape
 from slmops.runtime import hugging_face
-from slmops.runtime.providers import absence
+from slmops.runtime.providers import absence, load_problem
 from slmops.targets import Target
 
 
@@ -38,6 +39,7 @@ def write(draft: Draft, source: Path, interface: Interface, target: Target, sett
     _write_graphs(draft.folder, source, interface, target, recipe)
     copy_tokenizer(source, draft.folder)
     problems = checking.problems(draft.folder, recipe.document()["options"], target)
+    problems += [line for name in (MAIN, FULL) if (line := load_problem(draft.folder / name)) is not None]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise RunFailed(
@@ -97,7 +99,6 @@ def _write_graphs(folder: Path, source: Path, interface: Interface, target: Targ
 
 def _facts(folder: Path, source: Path, interface: Interface, target: Target, recipe: Recipe, level: str) -> dict[str, Any]:
     from slmops.graph.linears import load_graph
-    from slmops.graph.rewriting import MAIN
 
     size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".onnx", ".data"))
     placed = kernels.placement(load_graph(folder / MAIN))
