@@ -50,6 +50,7 @@ PROVIDED_BY = {
     "onnx": ("onnx", "train"),
     "onnx_ir": ("onnx-ir", "train"),
     "onnxruntime": ("onnxruntime", "runtime"),
+    "onnxruntime_ep_webgpu": ("onnxruntime-ep-webgpu", "webgpu"),
     "onnxruntime_genai": ("onnxruntime-genai", "runtime"),
     "peft": ("peft", "train"),
     "psutil": ("psutil", "runtime"),

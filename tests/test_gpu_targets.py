@@ -263,6 +263,19 @@ def test_a_probe_names_what_is_missing():
     assert "answer" in probe.ask("session", "CPUExecutionProvider")
 
 
+def test_a_config_names_its_provider():
+    def config(*names: str) -> dict[str, Any]:
+        return {"model": {"decoder": {"session_options": {"provider_options": [{name: {}} for name in names]}}}}
+
+    assert providers.provider_of(config()) is None
+    assert providers.provider_of(config("cpu")) is None
+    for target in GPU:
+        found = providers.provider_of(config(target.config_name))
+        assert found is not None and found.provider == target.provider
+    with pytest.raises(Unavailable, match="for the provider VitisAI"):
+        providers.provider_of(config("VitisAI"))
+
+
 # ---- real exports ---------------------------------------------------------------------------------------------------
 
 
