@@ -86,7 +86,7 @@ def _write_graphs(folder: Path, source: Path, interface: Interface, target: Targ
             precision=target.builder_precision,
             provider=target.builder_provider,
             context_tokens=interface.max_length_tokens,
-            options={"fuse_mlp_gate_up": "true"},
+            options=building.float_options(source),
         )
         graph = linears.load_graph(built / rewriting.MAIN)
         if recipe.bits:

@@ -3,24 +3,48 @@
 Only its float graph is taken: the builder ignores options that it does not know (exit 0), pads blocks that do not
 divide, stores an int8 head beside a float embedding, and writes a graph that does not load for zero points on a tied
 embedding. What ships is made of the float graph by `slmops.graph.rewriting`.
+
+Of the float graph only what the model's own files do not hold is written: its matrices are read there, one at a time,
+when they are quantized or written. So any number of precisions is made of one build, in the memory of a few matrices.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from slmops import environment, progress
 from slmops.errors import RunFailed
+from slmops.graph.linears import Model, load_graph
+from slmops.graph.stored_weights import StoredWeights
 
 _PROCESS = Path(__file__).with_name("builder_process.py")
+_SHARED: ContextVar[Path | None] = ContextVar("_SHARED", default=None)
+"""Where builds are kept that may be asked for again (`shared_builds`)."""
 
 
-def build(model: Path, out: Path, *, precision: str, provider: str, context_tokens: int, options: dict[str, str] | None = None) -> None:
+def build(
+    model: Path,
+    out: Path,
+    *,
+    precision: str,
+    provider: str,
+    context_tokens: int,
+    options: dict[str, str] | None = None,
+    sources: bool = False,
+) -> None:
     """Write the builder's folder for a model.
 
     Args:
@@ -30,6 +54,7 @@ def build(model: Path, out: Path, *, precision: str, provider: str, context_toke
         provider: as the builder names it: cpu, cuda ...
         context_tokens: longest sequence; the rotary tables are made for no more where the model's RoPE allows it.
         options: the builder's extra options.
+        sources: leave out of a float graph what the model's files hold; `load_built` reads it there.
 
     Raises:
         Unavailable: onnxruntime-genai or a library that its builder needs is missing.
@@ -37,21 +62,80 @@ def build(model: Path, out: Path, *, precision: str, provider: str, context_toke
     """
     for library in ("onnxruntime_genai", "torch", "transformers", "onnx", "onnx_ir"):
         environment.require(library, "to build the graph")
+    wish: dict[str, Any] = {"precision": precision, "provider": provider, "options": options or {}, "sources": sources}
+    kept = _kept(model, context_tokens, wish)
+    if kept is not None and kept.is_dir():
+        shutil.copytree(kept, out, copy_function=os.link)
+        return
     with TemporaryDirectory(prefix="slmops-build-") as scratch, progress.task("build the graph"):
         source = bounded_copy(model, Path(scratch) / "model", context_tokens)
-        request = {
-            "model": str(source),
-            "out": str(out.resolve()),
-            "precision": precision,
-            "provider": provider,
-            "cache": str(Path(scratch) / "cache"),
-            "options": options or {},
-        }
+        request = {"model": str(source), "out": str(out.resolve()), "cache": str(Path(scratch) / "cache"), **wish}
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request), encoding="utf-8")
         done = subprocess.run([sys.executable, "-P", str(_PROCESS), str(path)], cwd=scratch, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not (out / "model.onnx").is_file():
         raise RunFailed(*_failure(done.returncode, done.stderr or done.stdout))
+    if kept is not None:
+        shutil.copytree(out, kept, copy_function=os.link)
+
+
+def float_options(model: Path) -> dict[str, str]:
+    """Return the builder's options for the float graph of a model.
+
+    gate and up are fused where the model has a gate. A cache for each layer's window alone is not asked for: onnxruntime 1.31
+    refuses it where the window is longer than the cache of a prompt, and a batch of `slmops.runtime.decoder` has none.
+    """
+    gated = any(".gate_proj." in name or ".gate_up_proj." in name or ".shared_mlp." in name for name in StoredWeights(model))
+    return {"windowed_kv_cache": "false", **({"fuse_mlp_gate_up": "true"} if gated else {})}
+
+
+@contextmanager
+def shared_builds() -> Iterator[None]:
+    """Make equal builds within the block once: a float graph without its matrices is a few megabytes, for all precisions of a model."""
+    with TemporaryDirectory(prefix="slmops-builds-") as folder:
+        token = _SHARED.set(Path(folder))
+        try:
+            yield
+        finally:
+            _SHARED.reset(token)
+
+
+def _kept(model: Path, context_tokens: int, wish: dict[str, Any]) -> Path | None:
+    """Return where a build is kept, by all that it depends on; None outside of `shared_builds`."""
+    folder = _SHARED.get()
+    text = json.dumps([str(model.resolve()), context_tokens, wish], sort_keys=True)
+    return folder / hashlib.sha256(text.encode()).hexdigest() if folder is not None else None
+
+
+def load_built(built: Path, model: Path) -> Model:
+    """Load a float graph that was built with `sources`: its matrices are those of the model's files, read when they are needed.
+
+    Args:
+        built: the builder's folder; it must stay while the graph is used.
+        model: the Hugging Face folder that it was built of.
+
+    Returns:
+        The graph; a matrix is read anew each time it is asked for, and nothing keeps it.
+    """
+    graph = load_graph(built / "model.onnx")
+    stored = StoredWeights(model)
+    sources: dict[str, dict[str, Any]] = json.loads((built / "sources.json").read_text(encoding="utf-8"))
+    for name, source in sources.items():
+        value = graph.graph.initializers[name]
+        value.const_value = _lazy(value.const_value, stored, source["parameters"], transposed=source["transposed"])
+    return graph
+
+
+def _lazy(place: Any, stored: StoredWeights, parameters: list[str], *, transposed: bool) -> Any:
+    """Return a tensor of a graph whose content is parameters of a model's files, stacked along their outputs."""
+    onnx_ir = environment.require("onnx_ir", "to read an ONNX graph")
+
+    def read() -> Any:
+        matrix = stored[parameters[0]] if len(parameters) == 1 else np.concatenate([stored[name] for name in parameters])
+        matrix = matrix.astype(place.dtype.numpy(), copy=False)
+        return onnx_ir.Tensor(matrix.T if transposed else matrix, dtype=place.dtype, name=place.name)
+
+    return onnx_ir.LazyTensor(read, dtype=place.dtype, shape=place.shape, name=place.name)
 
 
 def bounded_copy(model: Path, place: Path, context_tokens: int) -> Path:
