@@ -94,7 +94,9 @@ class ExportSettings(Settings):
     """`slmops export`."""
 
     device: Literal["cpu", "gpu", "npu"] = setting("cpu", "kind of device that the export runs on")
-    provider: str | None = setting(None, "execution provider (default: the device's usual one)")
+    provider: str | None = setting(
+        None, "execution provider, such as webgpu; `slmops doctor` lists them (default: the device's usual one: cpu, cuda, qnn)"
+    )
     precision: str = setting(
         "int4", "precision of the weights: fp32, fp16, bf16, int8 or int4; several, as int4,int8, go to OUT/int4 and OUT/int8"
     )

@@ -95,8 +95,8 @@ def exported(page: Page, document: Mapping[str, Any]) -> None:
         ]
     )
     page.warnings(document)
-    if out:
-        page.next(f"slmops verify {shell(out)}", f"slmops bench {shell(out)}")
+    if out:  # what is not here to run it cannot measure it
+        page.next(f"slmops verify {shell(out)}", *([f"slmops bench {shell(out)}"] if document.get("level") == "executed" else []))
 
 
 def packed(page: Page, document: Mapping[str, Any]) -> None:
