@@ -29,8 +29,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_family_is_in_its_packages_what_it_is_in_pytorch(family: Family, tokenizer: Path, tmp_path: Path) -> None:
-    found = outcome_of(family, tmp_path / "work", tokenizer, merged=family.name == "Llama")
+def test_a_family_is_in_its_packages_what_it_is_in_pytorch(family: Family, tmp_path: Path) -> None:
+    found = outcome_of(family, tmp_path / "work", merged=family.name == "Llama")
     print(line(family, found))
     assert found.refusal is None, found.refusal
     wrong = {name: figures.stage for name, figures in found.figures.items() if not figures.passed}
