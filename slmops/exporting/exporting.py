@@ -8,6 +8,7 @@ say to which level. A writer is `write(draft, source, interface, target, setting
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -118,7 +119,7 @@ def exports(model: str | Path, *, out: str | Path, config: Any = None, **overrid
     source = Path(model)
     if len(names) > 1 and (source / "adapter_config.json").is_file():
         source = _merged(source, Path(out) / "merged")
-    with shared_builds():
+    with shared_builds() if len(names) > 1 else nullcontext():
         wish = flat(settings)
         made = tuple(export(source, out=place, config={**wish, "precision": name}) for name, place in zip(names, places, strict=True))
     return Exports(made, Path(out))

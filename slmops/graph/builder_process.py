@@ -15,7 +15,7 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-_SMALL = 1 << 16
+_SMALL = 1 << 10
 """Numbers in a tensor that stays inside the graph's file."""
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -65,7 +64,7 @@ def build(
     wish: dict[str, Any] = {"precision": precision, "provider": provider, "options": options or {}, "sources": sources}
     kept = _kept(model, context_tokens, wish)
     if kept is not None and kept.is_dir():
-        shutil.copytree(kept, out, copy_function=os.link)
+        shutil.copytree(kept, out)  # copies: onnx reads no file that has two names
         return
     with TemporaryDirectory(prefix="slmops-build-") as scratch, progress.task("build the graph"):
         source = bounded_copy(model, Path(scratch) / "model", context_tokens)
@@ -76,7 +75,7 @@ def build(
     if done.returncode != 0 or not (out / "model.onnx").is_file():
         raise RunFailed(*_failure(done.returncode, done.stderr or done.stdout))
     if kept is not None:
-        shutil.copytree(out, kept, copy_function=os.link)
+        shutil.copytree(out, kept)
 
 
 def float_options(model: Path) -> dict[str, str]:
