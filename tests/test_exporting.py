@@ -296,11 +296,14 @@ def test_a_graph_that_the_runtime_cannot_run_is_no_export(tmp_path: Path) -> Non
     from transformers import Phi3Config, Phi3ForCausalLM
 
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    positions = {"max_position_embeddings": 128, "original_max_position_embeddings": 128}
-    model = Phi3ForCausalLM(
-        Phi3Config(**shape, **positions, num_key_value_heads=1, head_dim=32, partial_rotary_factor=0.75, vocab_size=320, pad_token_id=0)
-    )
+    positions: dict[str, Any] = {
+        "max_position_embeddings": 128,
+        "original_max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "vocab_size": 320,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "partial_rotary_factor": 0.75}
+    model = Phi3ForCausalLM(Phi3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, **heads, **positions))
     model.save_pretrained(tmp_path / "model")
     make_tokenizer(tmp_path / "model")
     error = refused(tmp_path / "model", tmp_path / "out", Unavailable, "cannot run it: .*GroupQueryAttention", precision="fp32")
