@@ -299,8 +299,8 @@ def test_a_graph_that_the_runtime_cannot_run_is_no_export(tmp_path: Path) -> Non
     positions: dict[str, Any] = {
         "max_position_embeddings": 128,
         "original_max_position_embeddings": 128,
-        "pad_token_id": 0,
         "vocab_size": 320,
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     }
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "partial_rotary_factor": 0.75}
     model = Phi3ForCausalLM(Phi3Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, **heads, **positions))
