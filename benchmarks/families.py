@@ -4,7 +4,7 @@ A tiny random model of each, with what its family does differently set to values
 multipliers, soft caps, norms and biases that are not neutral), goes down the whole road: a LoRA is trained, merged and
 exported to fp32; the base is exported to fp32 and int4 and packed with the adapter. Each is held against PyTorch by
 `slmops verify` at its default bars: NMSE and largest difference of a logit of the fp32 export, of the merged fine-tune, and
-of the adapter in the fp32 package; KL of the adapter in the int4 one. Or it is refused, and the line says why. A Markdown
+of the adapter in the fp32 package; KL in the int4 package of an adapter that learned on its weights. Or it is refused, and the line says why. A Markdown
 table; exit code 1 where a family is neither right nor refused. `tests/test_families.py` uses the same.
 """
 
@@ -47,7 +47,7 @@ _TRAINING: dict[str, Any] = {
     "prompt_template": "{text}\nIntent:",
     "completion_template": " {intent}",
     "stop_token": "</s>",
-    "max_steps": 12,
+    "max_steps": 40,  # by then answers are no near-ties, which int4 would decide by rounding
     "learning_rate": 5e-3,
     "lora_rank": 4,
     "precision": "fp32",
@@ -235,10 +235,13 @@ def outcome_of(family: Family, work: Path, *, merged: bool = True) -> Outcome:
         adapter = slmops.finetune(model, data, out=work / "adapter", validation=data, **_TRAINING).path
         whole = slmops.merge(adapter, out=work / "merged").path
         made = slmops.exports(model, out=work / "base", precision="fp32,int4").artifacts
-        fp32, int4 = (slmops.pack(one.path, out=work / f"package-{one.path.name}", adapter=[f"intent={adapter}"]).path for one in made)
-        figures = _package_figures(slmops.verify(fp32, threads=1), "nmse") | {
-            "int4": _package_figures(slmops.verify(int4, threads=1), "kl")["adapter"]
-        }
+        bases = {one.path.name: one.path for one in made}
+        # Random weights carry no task through the rounding of 4 bits: that adapter learns on the weights that ship.
+        learned = slmops.finetune(model, data, out=work / "adapter-int4", validation=data, quantized_base=bases["int4"], **_TRAINING).path
+        fp32 = slmops.pack(bases["fp32"], out=work / "package-fp32", adapter=[f"intent={adapter}"]).path
+        int4 = slmops.pack(bases["int4"], out=work / "package-int4", adapter=[f"intent={learned}"]).path
+        figures = _package_figures(slmops.verify(fp32, threads=1), "nmse")
+        figures["int4"] = _package_figures(slmops.verify(int4, threads=1), "kl")["adapter"]
         if merged:
             verification = slmops.verify(slmops.export(whole, out=work / "merged-fp32", precision="fp32").path, threads=1)
             stages = {stage.name: stage for stage in verification.stages}
