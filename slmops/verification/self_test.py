@@ -20,8 +20,8 @@ from slmops import artifact, progress
 from slmops.artifact import Artifact
 from slmops.data import Interface, Tokenizer, encode_prompt, read_rows, row_format_of
 from slmops.errors import BadArtifact, SlmopsError
-from slmops.runtime.genai_runner import GenaiRunner
 from slmops.runtime.package import Package
+from slmops.runtime.runner import ExportRunner
 from slmops.verification.stages import Stage
 from slmops.verification.texts import OPENINGS
 
@@ -51,7 +51,7 @@ def record(folder: Path, interface: Mapping[str, Any] | None, facts: Mapping[str
         wanted.insert(0, (None, folder / FILE))
     with progress.task("record the self-test", total=len(wanted)) as task:
         for name, path in wanted:
-            cases = _cases(package.runner(name), prompts.get(name or "") or openings, package.interface(name))
+            cases = _cases(package.engine_runner(name), prompts.get(name or "") or openings, package.interface(name))
             artifact.write_json(path, {"tolerance": tolerance, "cases": cases})
             task.advance()
     package.close()
@@ -92,7 +92,7 @@ def check_self_test(folder: Path, found: Artifact | None, adapters: Sequence[str
             key = name or "base"
             try:
                 content = json.loads((folder / (_file_of(found, name) if name else FILE)).read_text(encoding="utf-8"))
-                figures[key], wrong = _run(package.runner(name), content, package.interface(name))
+                figures[key], wrong = _run(package.engine_runner(name), content, package.interface(name))
             except BadArtifact as error:
                 figures[key], wrong = {}, [error.message]
             except (OSError, ValueError, LookupError, TypeError, SlmopsError) as error:
@@ -110,7 +110,7 @@ def check_self_test(folder: Path, found: Artifact | None, adapters: Sequence[str
     )
 
 
-def _cases(runner: GenaiRunner, prompts: Sequence[list[int]], interface: Interface) -> list[dict[str, Any]]:
+def _cases(runner: ExportRunner, prompts: Sequence[list[int]], interface: Interface) -> list[dict[str, Any]]:
     cases = []
     for prompt in prompts:
         ids = prompt[-max(1, runner.max_length_tokens - _NEW_TOKENS) :]
@@ -130,7 +130,7 @@ def _cases(runner: GenaiRunner, prompts: Sequence[list[int]], interface: Interfa
     return cases
 
 
-def _run(runner: GenaiRunner, content: Mapping[str, Any], interface: Interface) -> tuple[dict[str, Any], list[str]]:
+def _run(runner: ExportRunner, content: Mapping[str, Any], interface: Interface) -> tuple[dict[str, Any], list[str]]:
     """Return figures, and what is wrong."""
     tolerance, largest, wrong = float(content["tolerance"]), 0.0, [] if content["cases"] else ["its self-test has no prompts"]
     for number, case in enumerate(content["cases"], 1):

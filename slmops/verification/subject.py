@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from slmops import artifact, progress
 from slmops.artifact import Artifact
 from slmops.config import VerifySettings
 from slmops.data import NOT_COUNTED, Corpus, Encoded, Interface, Row, Tokenizer, encode_rows, read_rows, row_format_of
 from slmops.errors import BadArtifact, InvalidInput
-from slmops.graph.rewriting import FULL
 from slmops.runtime import loading
+from slmops.runtime.engines import open_export
 from slmops.runtime.genai_runner import GenaiRunner
 from slmops.runtime.package import Package, adapter_names, interface_with
-from slmops.runtime.runner import Runner, Sampling
+from slmops.runtime.runner import ExportRunner, Runner, Sampling
+from slmops.verification.stored import Stored, StoredGraph, stored_of
 from slmops.verification.texts import OPENINGS
 
 _MOST_ROWS = 1000
@@ -81,24 +80,25 @@ class Subject:
         return Tokenizer.load(self.baseline if own or self.base is None else self.base)
 
     @cached_property
+    def stored(self) -> Stored:
+        """What the package stores."""
+        return stored_of(self.package)
+
+    @property
     def graph_path(self) -> Path:
-        """The graph with all logits."""
-        return (
-            self.package / FULL if (self.package / FULL).is_file() else self.package / self.runtime_config["model"]["decoder"]["filename"]
-        )
+        """Of a package that onnxruntime-genai runs: the graph with all logits."""
+        return StoredGraph(self.package).path
 
     @cached_property
-    def runtime_config(self) -> dict[str, Any]:
-        """The package's `genai_config.json`."""
-        try:
-            return json.loads((self.package / "genai_config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BadArtifact(f"{self.package} has no genai_config.json that can be read: {error}", "export the model again") from None
-
-    @cached_property
-    def candidate(self) -> GenaiRunner:
+    def candidate(self) -> ExportRunner:
         """The package, running, with the adapter on."""
-        return self.opened.runner(self.adapter) if self.opened is not None else GenaiRunner(self.package, self.threads)
+        return self.opened.runner(self.adapter) if self.opened is not None else open_export(self.package, self.threads)
+
+    @property
+    def genai_candidate(self) -> GenaiRunner:
+        """The same, where onnxruntime-genai runs it."""
+        assert isinstance(self.candidate, GenaiRunner)
+        return self.candidate
 
     @cached_property
     def reference(self) -> Runner:
@@ -142,14 +142,7 @@ class Subject:
         """The package's precision: from its manifest, or read off the graph."""
         if self.found is not None and "precision" in self.found.manifest.facts:
             return str(self.found.manifest.facts["precision"])
-        from slmops.graph.linears import linears, load_graph
-
-        graph = load_graph(self.graph_path)
-        bits = [linear.scheme.bits for linear in linears(graph) if linear.scheme is not None]
-        if bits:
-            return f"int{min(bits)}"
-        types = {str(value.dtype) for value in graph.graph.initializers.values() if value.shape is not None and len(value.shape) == 2}
-        return "fp16" if "FLOAT16" in types else "bf16" if "BFLOAT16" in types else "fp32"
+        return self.stored.precision
 
     def close(self) -> None:
         """Free what was loaded."""
