@@ -11,17 +11,16 @@ import json
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import slmops  # noqa: F401  switches telemetry off
+from slmops import environment  # `import slmops` switches telemetry off
 from slmops.graph.ir import MODEL
+
+_PURPOSE = "to build an OpenVINO export"
 
 
 def main() -> None:
     """Write what the request asks for: see `slmops.graph.ir_building`."""
-    import nncf
-    import openvino
-
+    nncf, openvino = (environment.require(name, _PURPOSE) for name in ("nncf", "openvino"))
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     out = Path(request["out"])
     with TemporaryDirectory(dir=out.parent, prefix=".ir-") as scratch:
@@ -44,15 +43,13 @@ def main() -> None:
 
 def _trace(model: str, out: str) -> None:
     """Write the float32 IR: a stateful decoder, whose keys and values are variables of a request."""
-    from optimum.exporters.openvino import main_export
-    from optimum.intel import OVConfig
-
-    main_export(
+    exporters, intel = (environment.require(name, _PURPOSE) for name in ("optimum.exporters.openvino", "optimum.intel"))
+    exporters.main_export(
         model,
         output=out,
         task="text-generation-with-past",
         library_name="transformers",
-        ov_config=OVConfig(dtype="fp32"),  # without one, models above a billion parameters are compressed to 8 bits unasked
+        ov_config=intel.OVConfig(dtype="fp32"),  # without one, models above a billion parameters are compressed to 8 bits unasked
         model_loading_kwargs={"dtype": "float32"},
         local_files_only=True,
         stateful=True,
@@ -61,12 +58,10 @@ def _trace(model: str, out: str) -> None:
 
 def _write_tokenizer(model: str, out: Path) -> None:
     """Write the tokenizer as IRs, for hosts in C++ and JavaScript; leave it out where it cannot be converted."""
-    import openvino
-    from openvino_tokenizers import convert_tokenizer
-    from transformers import AutoTokenizer
-
+    names = ("openvino", "openvino_tokenizers", "transformers")
+    openvino, tokenizers, transformers = (environment.require(name, _PURPOSE) for name in names)
     try:
-        converted: Any = convert_tokenizer(AutoTokenizer.from_pretrained(model), with_detokenizer=True)
+        converted = tokenizers.convert_tokenizer(transformers.AutoTokenizer.from_pretrained(model), with_detokenizer=True)
     except Exception as error:  # whatever a tokenizer of another kind raises there: the IR of the model is whole without
         (out / "tokenizer_error.txt").write_text(str(error) or repr(error), encoding="utf-8")
         return
