@@ -155,7 +155,9 @@ class RunSettings(Settings):
         None, "end the run after so many evaluations in a row without a lower validation loss (default: never)", ge=1
     )
     checkpoints: int | None = setting(
-        None, "how often in the run all that --resume needs is written (default: as often as validation is measured)", ge=0
+        None,
+        "how often in the run all that --resume needs is written (default: as often as validation is measured, at least 30 s apart)",
+        ge=0,
     )
     checkpoint_steps: int | None = setting(None, "write it every so many optimizer steps instead", ge=1)
     resume: bool = setting(False, "go on from the last checkpoint of a run that was stopped")

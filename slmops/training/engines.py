@@ -126,9 +126,10 @@ def train_with_peft(
     """
     transformers = hugging_face.quiet_libraries()
     from slmops.training.trainer import SupervisedTrainer, Watcher
-    from slmops.training.watching import Observer, Patience
+    from slmops.training.watching import Observer, Patience, Seldom
 
     environment.require("torch", "to train").set_num_threads(team.threads(settings.run.threads, loading.default_threads(base)))
+    environment.keep_freed_memory()
     transformers.set_seed(settings.run.seed)
     model, parameters = course.model() if course.model is not None else _adapted(base, settings, package)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -147,7 +148,8 @@ def train_with_peft(
         trainer = SupervisedTrainer(model, arguments, rows, held_out, settings.run.seed, layout, keep, order=course.order)
     processes.check_together(team, trainer.accelerator)
     trainer.remove_callback(transformers.PrinterCallback)
-    for callback in (*methods.callbacks_for(settings.method, model), Patience(settings.run.patience)):
+    own = (Patience(settings.run.patience), Seldom(checkpoints.seconds_apart(settings.run) if team.size == 1 else 0.0))
+    for callback in (*methods.callbacks_for(settings.method, model), *own):
         trainer.add_callback(callback)
     checkpoint = checkpoints.latest(folder / checkpoints.FOLDER) if settings.run.resume else None
     done = trainer.begin_with(checkpoint, best)
