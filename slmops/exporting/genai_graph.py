@@ -51,7 +51,7 @@ def write_export(draft: Draft, source: Path, interface: Interface, target: targe
         if recipe.bits:
             rewriting.quantize_graph(graph, recipe.scheme)
         rewriting.save_twins(graph, draft.folder)
-        _write_runtime_config(built / "genai_config.json", draft.folder / "genai_config.json", interface)
+        write_runtime_config(built / "genai_config.json", draft.folder / "genai_config.json", interface)
     copy_tokenizer(source, draft.folder)
     problems = checking.problems(draft.folder, recipe.document()["options"])
     if problems:
@@ -71,7 +71,7 @@ def write_export(draft: Draft, source: Path, interface: Interface, target: targe
     }
 
 
-def _write_runtime_config(source: Path, path: Path, interface: Interface) -> None:
+def write_runtime_config(source: Path, path: Path, interface: Interface) -> None:
     """Write `genai_config.json` with our stop tokens and length in place of the builder's guesses."""
     content = json.loads(source.read_text(encoding="utf-8"))
     model, search = content["model"], content["search"]
