@@ -35,7 +35,7 @@ def write_export(draft: Draft, source: Path, interface: Interface, target: targe
     Raises:
         RunFailed: the builder failed, or the graph that it wrote is not the one asked for.
     """
-    from slmops.graph import building, linears, rewriting
+    from slmops.graph import building, rewriting
 
     with TemporaryDirectory(prefix="slmops-export-") as scratch:
         built = Path(scratch) / "float"
@@ -46,8 +46,9 @@ def write_export(draft: Draft, source: Path, interface: Interface, target: targe
             provider="cpu",
             context_tokens=interface.max_length_tokens,
             options={"fuse_mlp_gate_up": "true"},
+            sources=True,
         )
-        graph = linears.load_graph(built / rewriting.MAIN)
+        graph = building.load_built(built, source)
         if recipe.bits:
             rewriting.quantize_graph(graph, recipe.scheme)
         rewriting.save_twins(graph, draft.folder)

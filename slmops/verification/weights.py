@@ -16,9 +16,9 @@ from slmops import progress
 from slmops.graph import checking
 from slmops.graph.linears import Linear, Model, linears, load_graph, parts, quantized, weights
 from slmops.graph.rewriting import FULL, MAIN
+from slmops.graph.stored_weights import StoredWeights
 from slmops.graph.survival import Share, pooled, share_of
 from slmops.runtime.hugging_face import parameter_shapes
-from slmops.runtime.stored_weights import StoredWeights
 from slmops.verification.stages import Stage, Verdict, within
 from slmops.verification.subject import Subject
 from slmops.verification.texts import PROBES
