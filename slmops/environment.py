@@ -51,6 +51,7 @@ PROVIDED_BY = {
     "onnx_ir": ("onnx-ir", "train"),
     "onnxruntime": ("onnxruntime", "runtime"),
     "onnxruntime_genai": ("onnxruntime-genai", "runtime"),
+    "onnxruntime_qnn": ("onnxruntime-qnn", "qnn"),
     "peft": ("peft", "train"),
     "psutil": ("psutil", "runtime"),
     "pyarrow": ("pyarrow", "train"),

@@ -16,6 +16,7 @@ from slmops import artifact, progress, targets
 from slmops.artifact import Artifact, Draft
 from slmops.config import ExportSettings, flat, load
 from slmops.data import Interface
+from slmops.errors import InvalidInput
 from slmops.exporting import gpu_graph
 from slmops.exporting.preflight import choose_bounded_interface, preflight
 from slmops.graph.recipes import recipe_for
@@ -56,6 +57,7 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
     artifact.refuse_occupied(out, force=settings.force)
     target = targets.find(settings.device, settings.provider, settings.precision)
     recipe_for(settings.precision, settings.block_size, target.provider)  # a block size that no kernel takes is refused here
+    _refuse_settings_of_others(settings, target)
     if (source / "adapter_config.json").is_file():
         return _export_adapter(source, out, settings)
     found = artifact.checked(source, "model", "export the folder that `slmops merge` wrote")
@@ -72,6 +74,13 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
         elif target.road == "genai-gpu":
             gpu_graph.record_on_twin(draft, {"": prompts})
     return draft.done()
+
+
+def _refuse_settings_of_others(settings: ExportSettings, target: Target) -> None:
+    """Raise InvalidInput for a setting that would be ignored."""
+    given = [name for name in ("soc", "prefill_tokens", "weights_once") if getattr(settings, name)]
+    if given and target.road != "qnn":
+        raise InvalidInput(f"{', '.join(given)}: only for --device npu --provider qnn, and the target is {target.name}", "leave it out")
 
 
 def writer_of(road: Road) -> _Writer:

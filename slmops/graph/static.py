@@ -152,8 +152,8 @@ class _Static:
         cells = self._constant("static/cells", np.arange(self.capacity, dtype=np.int32)[:, None])  # (S, 1)
         written = self._op("Cast", [self._op("Equal", [cells, row], "static/is_written")], "static/written", {"to": 1})
         # One row of the cache holds at most one new token.
-        ones = self._constant("static/ones", np.ones((self.tokens, 1), np.float32))
-        taken = self._op("MatMul", [written, ones], "static/taken")
+        axis = self._constant("static/axis", np.array([1], np.int64))
+        taken = self._op("ReduceSum", [written, axis], "static/taken", {"keepdims": 1})
         kept = self._op("Sub", [self._number(1.0), taken], "static/kept")
         return self._reshape(row, (self.tokens,), "static/positions"), written, kept
 

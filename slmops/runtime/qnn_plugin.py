@@ -72,14 +72,31 @@ def open_session(path: Path, soc: Soc, threads: int) -> Any:
     ort = environment.require("onnxruntime", "to run a package")
     if not path.is_file():
         raise BadArtifact(f"{path} is missing", "export the model again, or copy the folder again")
-    options = _options(ort, soc, _COMPILE)
+    return _opened(ort, path, _options(ort, soc, _COMPILE), threads)
+
+
+def open_on_cpu(path: Path, threads: int) -> Any:
+    """Open a plain graph on onnxruntime's CPU provider.
+
+    Raises:
+        BadArtifact: the file is missing or damaged.
+    """
+    ort = environment.require("onnxruntime", "to run a package")
+    if not path.is_file():
+        raise BadArtifact(f"{path} is missing", "export the model again, or copy the folder again")
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOGGED_ERRORS
+    return _opened(ort, path, options, threads)
+
+
+def _opened(ort: Any, path: Path, options: Any, threads: int) -> Any:
     options.intra_op_num_threads = threads
     try:
         return ort.InferenceSession(str(path), options)
     except Exception as error:  # the binding's own classes derive from Exception alone
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        raise BadArtifact(f"the QNN plugin cannot load {path}: {_first_line(error)}", "export the model again with this version of it") from error
+        raise BadArtifact(f"onnxruntime cannot load {path}: {_first_line(error)}", "export the model again, or copy the folder again") from error
 
 
 def compile_graphs(graphs: Mapping[Path, Path], soc: Soc, *, weights_once: bool) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from slmops import artifact, socs
 from slmops.errors import BadArtifact, InvalidInput, RunFailed, Unavailable
 from slmops.runtime import qnn_plugin
-from slmops.runtime.decoder import greedy, plain_session
+from slmops.runtime.decoder import greedy
 from slmops.runtime.runner import Sampling, Timing
 from slmops.runtime.static_decoder import PORTABLE, StaticDecoder
 
@@ -34,6 +34,7 @@ class StaticRunner:
         threads: of what runs on the CPU.
         way: `compiled`: the files that ship; `compiled anew`: the plain graphs, compiled in memory; `plain`: those on
             onnxruntime's CPU provider. None: the first of them that this machine can do.
+        facts: of its manifest; None: read there.
 
     Raises:
         BadArtifact: a file is missing or cannot be loaded.
@@ -42,10 +43,9 @@ class StaticRunner:
 
     engine = "qnn"
 
-    def __init__(self, folder: Path, threads: int, *, way: Way | None = None) -> None:
+    def __init__(self, folder: Path, threads: int, *, way: Way | None = None, facts: dict[str, Any] | None = None) -> None:
         self.folder, self.threads = folder, threads
-        found = artifact.load(folder, kinds=("export",)) if (folder / artifact.MANIFEST).is_file() else None
-        self._facts: dict[str, Any] = found.manifest.facts if found is not None else {}
+        self._facts = artifact.load(folder, kinds=("export",)).manifest.facts if facts is None else facts
         try:
             config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
             self.max_length_tokens, self.vocabulary = int(config["search"]["max_length"]), int(config["model"]["vocab_size"])
@@ -130,7 +130,7 @@ class StaticRunner:
     def _open(self, name: str) -> Any:
         plain = self.folder / PORTABLE / name
         if self.way == "plain":
-            return plain_session(plain, self.threads)
+            return qnn_plugin.open_on_cpu(plain, self.threads)
         soc = socs.find(self._facts.get("soc", {}).get("name"))
         return qnn_plugin.open_session(plain if self.way == "compiled anew" else self.folder / name, soc, self.threads)
 
