@@ -18,6 +18,7 @@ _REASONS = {
     "GatherBlockQuantized": "the plugin takes a quantized embedding on Adreno GPUs only, with 4 bits and without zero points",
     "GroupQueryAttention": "the HTP backend has it for the newest chips only",
 }
+_SHAPING = ("Reshape", "Transpose")
 _UNKNOWN = "the plugin does not say"
 
 
@@ -29,24 +30,25 @@ def placement(plain: Path, compiled: Path) -> dict[str, Any]:
         compiled: graph that ships.
 
     Returns:
-        `nodes` and `nodes_on_npu`, `weight_bytes` and `weight_bytes_on_npu` with their shares, `contexts` (parts that the
+        `nodes` and `nodes_on_npu`, `weight_bytes_on_npu` and `_on_cpu`, the NPU's share of either, `contexts` (parts that the
         NPU runs without a break) and `on_cpu`: operator -> count, bytes of its weights and the reason.
     """
     before, after = load_graph(plain), load_graph(compiled)
-    left = [node for node in after.graph if node.op_type != CONTEXT]
-    nodes = len(list(before.graph))
-    total, kept = _weight_bytes(before, list(before.graph)), _weight_bytes(after, left)
+    nodes, left = list(before.graph), [node for node in after.graph if node.op_type != CONTEXT]
+    names = {node.name for node in left}
+    taken = _weight_bytes(before, [node for node in nodes if node.name not in names])
+    kept = _weight_bytes(after, left)
     on_cpu: dict[str, dict[str, Any]] = {}
     for operator, count in sorted(Counter(node.op_type for node in left).items()):
         own = [node for node in left if node.op_type == operator]
         on_cpu[operator] = {"nodes": count, "weight_bytes": _weight_bytes(after, own), "reason": _REASONS.get(operator, _UNKNOWN)}
     return {
-        "nodes": nodes,
-        "nodes_on_npu": nodes - len(left),
-        "node_share": round((nodes - len(left)) / nodes, 4),
-        "weight_bytes": total,
-        "weight_bytes_on_npu": total - kept,
-        "weight_share": round((total - kept) / total, 4),
+        "nodes": len(nodes),
+        "nodes_on_npu": len(nodes) - len(left),
+        "node_share": round((len(nodes) - len(left)) / len(nodes), 4),
+        "weight_bytes_on_npu": taken,
+        "weight_bytes_on_cpu": kept,
+        "weight_share": round(taken / (taken + kept), 4),
         "contexts": sum(node.op_type == CONTEXT for node in after.graph),
         "on_cpu": on_cpu,
     }
@@ -64,11 +66,16 @@ def compiled_for(compiled: Path) -> tuple[int, int] | None:
 
 
 def _weight_bytes(model: Model, nodes: list[Node]) -> int:
-    """Return the bytes of the matrices that some nodes use: what a graph brings, each once."""
-    used = {value.name for node in nodes for value in node.inputs if value is not None}
-    # A tied embedding's codes come through a Reshape.
-    for node in model.graph:
-        if node.op_type in ("Reshape", "Transpose") and any(value.name in used for value in node.outputs):
-            used.add(node.inputs[0].name)
-    tensors = [value.const_value for name, value in model.graph.initializers.items() if name in used]
+    """Return the bytes of what a graph brings for some nodes, each tensor once.
+
+    A weight that only changes its shape on the way (a tied embedding's) belongs to who uses it; a table that an embedding on
+    the CPU and a head on the NPU share is stored on either side, and counts on either.
+    """
+    names = set()
+    for node in nodes:
+        for value in node.inputs if node.op_type not in _SHAPING else ():
+            while value is not None and (producer := value.producer()) is not None and producer.op_type in _SHAPING:
+                value = producer.inputs[0]
+            names.add(value.name if value is not None else "")
+    tensors = [value.const_value for name, value in model.graph.initializers.items() if name in names]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)

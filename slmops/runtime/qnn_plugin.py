@@ -119,7 +119,7 @@ def compile_graphs(graphs: Mapping[Path, Path], soc: Soc, *, weights_once: bool)
             if number == len(graphs):
                 options.add_session_config_entry("ep.stop_share_ep_contexts", "1")
         try:
-            ort.ModelCompiler(options, str(plain), embed_compiled_data_into_model=False).compile_to_file(str(compiled))
+            ort.ModelCompiler(options, str(plain), embed_compiled_data_into_model=False, graph_optimization_level=ort.GraphOptimizationLevel.ORT_ENABLE_BASIC).compile_to_file(str(compiled))
         except Exception as error:  # the binding's own classes derive from Exception alone
             raise Unavailable(
                 f"the QNN compiler does not take {plain.name} for {soc.name}: {_first_line(error)}",
