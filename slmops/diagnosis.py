@@ -126,11 +126,17 @@ def _bandwidth() -> float | None:
 
 
 def _package(name: str, tested: str) -> Package:
-    installed = environment.version_of(name)
+    installed = _any_flavour(name)
     if installed is None:
         return Package(name, None, tested, "missing")
     # "2.13.0+cpu" is a build of 2.13.0.
     return Package(name, installed, tested, "tested" if installed.split("+")[0] == tested else "other")
+
+
+def _any_flavour(name: str) -> str | None:
+    """Return the installed version of a distribution, or of another flavour of it, such as the one for CUDA."""
+    flavours = next((names for names in environment.FLAVOURS.values() if name in names), (name,))
+    return next((version for flavour in (name, *flavours) if (version := environment.version_of(flavour))), None)
 
 
 def _version_problems(packages: tuple[Package, ...]) -> list[Problem]:
@@ -160,7 +166,7 @@ def _flavour_problems() -> list[Problem]:
 
 
 def _providers() -> tuple[Provider, ...]:
-    if not environment.version_of("onnxruntime") and not any(environment.version_of(name) for name in environment.FLAVOURS["onnxruntime"]):
+    if not _any_flavour("onnxruntime"):
         return ()
     listed = probe.ask("providers")
     if "error" in listed:
@@ -181,9 +187,9 @@ def _provider_problems(providers: tuple[Provider, ...]) -> list[Problem]:
     problems = []
     for provider in providers:
         if not provider.works and provider.name != _SERVICE:
-            fix = "install its driver and libraries, or use --device cpu"
+            fix = "install its driver and libraries on a machine with its device, or use --device cpu"
             severity = "error" if provider.name in ("onnxruntime", "CPUExecutionProvider") else "warning"
-            problems.append(Problem(f"{provider.name} is compiled in and does not work: {provider.detail}", fix, severity))
+            problems.append(Problem(f"{provider.name} is installed and does not work: {provider.detail}", fix, severity))
     return problems
 
 
@@ -214,7 +220,7 @@ def _machine_problems(available: int, free: int, telemetry: dict[str, bool]) -> 
 
 def _ability(target: targets.Target, providers: tuple[Provider, ...]) -> dict[str, Any]:
     """Return what this machine can do with a target: build it, run it."""
-    built = all(environment.version_of(name) for name in (*_TO_BUILD, "onnxruntime-genai"))
+    built = all(_any_flavour(name) for name in (*_TO_BUILD, "onnxruntime-genai"))
     working = any(provider.works and provider.name == target.ort_provider for provider in providers)
     executes = working and environment.version_of(target.runtime_package) is not None
     return {**target.document(), "builds_here": built, "executes_here": executes}

@@ -93,7 +93,9 @@ class ExportSettings(Settings):
     """`slmops export`."""
 
     device: Literal["cpu", "gpu", "npu"] = setting("cpu", "kind of device that the export runs on")
-    provider: str | None = setting(None, "execution provider (default: the device's usual one)")
+    provider: str | None = setting(
+        None, "execution provider, such as webgpu; `slmops doctor` lists them (default: the device's usual one: cpu, cuda, qnn)"
+    )
     precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] = setting("int4", "precision of the weights")
     block_size: int | None = setting(
         None, "weights that share a scale, a power of two that divides the layer (default: by the layer's width)", ge=16

@@ -67,6 +67,7 @@ def record_on_twin(draft: Draft, prompts: dict[str, list[list[int]]]) -> None:
 
     with TemporaryDirectory(prefix="slmops-twin-") as scratch:
         twin = write_float_twin(draft.folder, Path(scratch))
+        copy_tokenizer(draft.folder, twin)
         run_once(twin, Interface.model_validate(draft.interface))
         self_test.record(twin, draft.interface, draft.facts, prompts)
         shutil.copyfile(twin / self_test.FILE, draft.folder / self_test.FILE)

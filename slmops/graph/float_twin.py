@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from slmops import artifact, environment
-from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.graph.element_types import element_types
 from slmops.graph.linears import Model, Value, load_graph
 from slmops.graph.rewriting import DATA, FULL, MAIN
@@ -26,7 +25,7 @@ _HALVES = ("FLOAT16", "BFLOAT16")
 
 
 def write_float_twin(package: Path, out: Path) -> Path:
-    """Write the float twin of a package as a folder that the CPU runs: both graphs, config and tokenizer.
+    """Write the float twin of a package as a folder that the CPU runs: both graphs and the config.
 
     Args:
         package: an export in 16-bit floats, its products quantized or not.
@@ -49,7 +48,6 @@ def write_float_twin(package: Path, out: Path) -> Path:
     config["model"]["decoder"]["session_options"]["provider_options"] = []
     config["model"]["decoder"]["filename"] = MAIN
     artifact.write_json(out / "genai_config.json", config)
-    copy_tokenizer(package, out)
     return out
 
 

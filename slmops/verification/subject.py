@@ -6,18 +6,22 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from slmops import artifact, progress
+from slmops import artifact, progress, targets
 from slmops.artifact import Artifact
 from slmops.config import VerifySettings
 from slmops.data import NOT_COUNTED, Corpus, Encoded, Interface, Row, Tokenizer, encode_rows, read_rows, row_format_of
 from slmops.errors import BadArtifact, InvalidInput
+from slmops.graph.float_twin import write_float_twin
 from slmops.graph.rewriting import FULL
-from slmops.runtime import loading
+from slmops.runtime import loading, providers
 from slmops.runtime.genai_runner import GenaiRunner
 from slmops.runtime.package import Package, adapter_names, interface_with
+from slmops.runtime.providers import provider_of
 from slmops.runtime.runner import Runner, Sampling
+from slmops.targets import Target
 from slmops.verification.texts import OPENINGS
 
 _MOST_ROWS = 1000
@@ -42,6 +46,8 @@ class Subject:
     """Of a package: the adapter that is proven; None: its base."""
     opened: Package | None = None
     """The package, loaded once for its base and all adapters."""
+    scratch: TemporaryDirectory[str] | None = None
+    """Where the float twin lies, while there is one."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -96,8 +102,24 @@ class Subject:
             raise BadArtifact(f"{self.package} has no genai_config.json that can be read: {error}", "export the model again") from None
 
     @cached_property
+    def absence(self) -> str | None:
+        """Why the package cannot run here and its float twin does in its place; None where it can."""
+        target = provider_of(self.runtime_config)
+        return providers.absence(target.ort_provider) if target is not None else None
+
+    @cached_property
+    def target(self) -> Target | None:
+        """The target that the package was made for, as its manifest says; None for a folder of somebody else's."""
+        facts = self.found.manifest.facts if self.found is not None else {}
+        return targets.find(facts["device"], facts["provider"], facts["precision"]) if "provider" in facts else None
+
+    @cached_property
     def candidate(self) -> GenaiRunner:
-        """The package, running, with the adapter on."""
+        """The package, running, with the adapter on; where its provider is not here, its float twin on the CPU."""
+        if self.absence is not None:
+            self.scratch = TemporaryDirectory(prefix="slmops-twin-")
+            with progress.task("write the float twin"):
+                return GenaiRunner(write_float_twin(self.package, Path(self.scratch.name)), self.threads)
         return self.opened.runner(self.adapter) if self.opened is not None else GenaiRunner(self.package, self.threads)
 
     @cached_property
@@ -157,6 +179,9 @@ class Subject:
             runner = self.__dict__.pop(name, None)
             if runner is not None:
                 runner.close()
+        if self.scratch is not None:
+            self.scratch.cleanup()
+            self.scratch = None
 
 
 def find_subject(package: Path, found: Artifact | None, settings: VerifySettings) -> Subject:

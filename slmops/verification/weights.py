@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from slmops import progress
-from slmops.graph import checking
+from slmops.graph import checking, kernels
 from slmops.graph.linears import Linear, Model, linears, load_graph, parts, quantized, weights
 from slmops.graph.rewriting import FULL, MAIN
 from slmops.graph.stored_weights import StoredWeights
@@ -39,19 +39,25 @@ def check_graph(subject: Subject) -> Stage:
         if (total := sum(rows.stop - rows.start for _, rows in parts(linear.name, shapes))) not in (0, linear.outputs)
     ]
     if subject.found is not None and "recipe" in subject.found.manifest.facts:
-        problems += checking.problems(subject.package, subject.found.manifest.facts["recipe"]["options"])
+        problems += checking.problems(subject.package, subject.found.manifest.facts["recipe"]["options"], subject.target)
     if subject.adapters:
         problems += checking.adapter_problems(subject.package)
-    problems += _last_token_problems(subject)
+    if not problems:  # what cannot run is not run
+        problems += _last_token_problems(subject)
     schemes: dict[str, int] = {}
     for linear in found:
-        key = f"{linear.scheme.bits} bits, blocks of {linear.scheme.block_size}" if linear.scheme else "float"
+        dtype = graph.graph.initializers[linear.tensors[0]].dtype.name.lower()
+        key = f"{linear.scheme.bits} bits, blocks of {linear.scheme.block_size}" if linear.scheme else dtype
         schemes[key] = schemes.get(key, 0) + 1
     figures = {"layers": len(found), "schemes": schemes, "problems": problems[:20]}
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         return Stage("graph", "fail", f"{'; '.join(problems[:3])}{more}: export again", figures, {"problems": 0})
     shown = ", ".join(f"{count} layers of {key}" for key, count in schemes.items())
+    if subject.target is not None and subject.target.provider in kernels.PROVIDERS:
+        placed = kernels.placement(graph)
+        figures |= {"nodes_of_the_provider": placed.provider, "integer_nodes": placed.host}
+        shown += f"; {subject.target.provider} has kernels for all {placed.provider} nodes that compute with floats"
     return Stage("graph", "pass", f"{shown}, as the recipe says", figures, {"problems": 0})
 
 
