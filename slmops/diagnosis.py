@@ -92,7 +92,7 @@ def doctor() -> Diagnosis:
         torch, probed = pool.submit(probe.ask, "torch"), pool.submit(_providers)
         providers = probed.result()
         torch_facts = torch.result() if environment.version_of("torch") else None
-    packages = tuple(_package(name, tested) for name, tested in environment.TESTED.items())
+    packages = tuple(_package(name, tested) for name, tested in environment.tested().items())
     free = shutil.disk_usage(Path.cwd()).free
     available = environment.memory_bytes()[1]
     telemetry = {name: os.environ.get(name) == value for name, value in environment.NO_TELEMETRY.items()}
@@ -145,6 +145,8 @@ def _version_problems(packages: tuple[Package, ...]) -> list[Problem]:
     if absent := [name for name in _TO_RUN if status[name] == "missing"]:
         problems.append(Problem(f"packages cannot be run here: {', '.join(absent)} missing", "pip install 'slmops[runtime]'", "error"))
     absent = [name for name in _TO_BUILD if status[name] == "missing"]
+    if environment.builds_openvino() and "datasets" in absent:  # right so: it cannot live beside optimum-intel
+        absent.remove("datasets")
     if absent and len(absent) < len(_TO_BUILD):  # none at all is a device, and right so
         problems.append(Problem(f"training and export lack {', '.join(absent)}", "pip install 'slmops[train]'"))
     if other := [package for package in packages if package.status == "other"]:

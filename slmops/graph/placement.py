@@ -6,6 +6,7 @@ Read off the graph that ships: what the compiler took stands there as EPContext 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ def compiled_for(compiled: Path) -> tuple[int, int] | None:
     if len(stated) < 6 or not (stated[4].isdigit() and stated[5].isdigit()):
         return None
     return int(stated[5]), int(stated[4])
+
+
+def compiled_problems(plain: Path, compiled: Path, facts: Mapping[str, Any]) -> list[str]:
+    """Say where a compiled graph is not what a manifest's facts (`soc`, `placement`) say of it."""
+    soc, found = facts["soc"], compiled_for(compiled)
+    if found != (soc["soc_model"], soc["htp_arch"]):
+        what = "no chip that can be told" if found is None else f"soc_model {found[0]}, htp_arch {found[1]}"
+        return [f"it is compiled for {what}, and the package says {soc['name']} ({soc['soc_model']}, {soc['htp_arch']})"]
+    stated, seen = facts["placement"][compiled.stem], placement(plain, compiled)
+    return [f"{key} is {seen[key]}, and the manifest says {stated[key]}" for key in ("nodes", "nodes_on_npu") if seen[key] != stated[key]]
 
 
 def _weight_bytes(model: Model, nodes: list[Node]) -> int:

@@ -55,6 +55,11 @@ class StaticRunner:
         self.way: Way = way or self._usual_way()
         self.decoder = StaticDecoder(self._open, pad)
 
+    @property
+    def on_npu(self) -> bool:
+        """The compiled files run on an NPU."""
+        return self.way == "compiled" and qnn_plugin.has_npu()
+
     @cached_property
     def ran_on(self) -> str:
         """What computed, in words."""
@@ -113,6 +118,15 @@ class StaticRunner:
     def next_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Return the logits of the token after `ids`, (vocabulary,)."""
         return next(self.logits([ids]))[-1]
+
+    def step_logits(self, ids: Sequence[int], tokens: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield the logits after `ids`, and after each further token, by the decode graph: see `ExportRunner`."""
+        self._check(ids, len(tokens))
+        logits, cache = self.decoder.prefill(ids, self.decoder.empty())
+        yield logits[-1]
+        for number, token in enumerate(tokens):
+            row, cache = self.decoder.step(token, len(ids) + number, cache)
+            yield row
 
     def prepare(self) -> None:
         """Load both graphs: see `Runner`."""
