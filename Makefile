@@ -57,6 +57,7 @@ format: $(VENV)/installed-dev
 
 docs: $(VENV)/installed-dev
 	$(BIN)/python -m slmops.cli.reference > docs/commands.md
+	$(BIN)/python -m slmops.cli.reference targets > docs/targets.md
 	$(BIN)/python -m slmops.demo.recipes adapters
 
 clean:

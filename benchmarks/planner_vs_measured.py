@@ -26,9 +26,9 @@ from slmops.data.rows import read_rows
 from slmops.graph.linears import Linear
 from slmops.graph.quantization import quantize
 from slmops.graph.recipes import recipe_for
+from slmops.graph.stored_weights import StoredWeights
 from slmops.results import log_softmax
 from slmops.runtime.hugging_face import load_model
-from slmops.runtime.stored_weights import StoredWeights
 
 Weights = dict[str, np.ndarray]
 """Matrices by parameter, (outputs, inputs) float32; of a fine-tune, those that it changed."""

@@ -6,10 +6,8 @@ wheel was compiled with, and `onnxruntime_genai.is_qnn_available()` is true on e
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,28 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slmops import environment, targets
+from slmops import environment, probe, targets
 from slmops.bandwidth import measure_bandwidth
 from slmops.errors import Unavailable
 
-_PROBE_SECONDS = 60
 _LEAST_DISK_BYTES = 2 * 10**9
 _LEAST_MEMORY_BYTES = 10**9
 _OLDEST_PYTHON = (3, 11)
 _SERVICE = "AzureExecutionProvider"
 
-# Distributions that put different files into the same package: the last one installed wins, without a word.
-_FLAVOURS = {
-    "onnxruntime": (
-        "onnxruntime",
-        "onnxruntime-gpu",
-        "onnxruntime-directml",
-        "onnxruntime-openvino",
-        "onnxruntime-rocm",
-        "onnxruntime-silicon",
-    ),
-    "onnxruntime_genai": ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml", "onnxruntime-genai-winml"),
-}
 # What each side of the road needs at least.
 _TO_RUN = ("numpy", "onnxruntime", "onnxruntime-genai", "tokenizers")
 _TO_BUILD = ("accelerate", "datasets", "onnx", "onnx-ir", "peft", "torch", "transformers")
@@ -104,7 +89,7 @@ def doctor() -> Diagnosis:
     started = time.perf_counter()
     bandwidth = _bandwidth()  # before the probes start: they would take part of it
     with ThreadPoolExecutor(2) as pool:
-        torch, probed = pool.submit(_probe, "torch"), pool.submit(_providers)
+        torch, probed = pool.submit(probe.ask, "torch"), pool.submit(_providers)
         providers = probed.result()
         torch_facts = torch.result() if environment.version_of("torch") else None
     packages = tuple(_package(name, tested) for name, tested in environment.tested().items())
@@ -141,11 +126,17 @@ def _bandwidth() -> float | None:
 
 
 def _package(name: str, tested: str) -> Package:
-    installed = environment.version_of(name)
+    installed = _any_flavour(name)
     if installed is None:
         return Package(name, None, tested, "missing")
     # "2.13.0+cpu" is a build of 2.13.0.
     return Package(name, installed, tested, "tested" if installed.split("+")[0] == tested else "other")
+
+
+def _any_flavour(name: str) -> str | None:
+    """Return the installed version of a distribution, or of another flavour of it, such as the one for CUDA."""
+    flavours = next((names for names in environment.FLAVOURS.values() if name in names), (name,))
+    return next((version for flavour in (name, *flavours) if (version := environment.version_of(flavour))), None)
 
 
 def _version_problems(packages: tuple[Package, ...]) -> list[Problem]:
@@ -166,24 +157,20 @@ def _version_problems(packages: tuple[Package, ...]) -> list[Problem]:
 
 
 def _flavour_problems() -> list[Problem]:
-    problems = []
-    for module, distributions in _FLAVOURS.items():
-        present = [name for name in distributions if environment.version_of(name)]
-        if len(present) > 1:
-            problems.append(
-                Problem(
-                    f"{' and '.join(present)} overwrite each other: both install the package {module}",
-                    f"pip uninstall -y {' '.join(present)}, then pip install the one you need",
-                    "error",
-                )
-            )
-    return problems
+    return [
+        Problem(
+            f"{' and '.join(present)} overwrite each other: both install the same package",
+            f"pip uninstall -y {' '.join(present)}, then pip install the one you need",
+            "error",
+        )
+        for present in environment.clashing_flavours()
+    ]
 
 
 def _providers() -> tuple[Provider, ...]:
-    if not environment.version_of("onnxruntime") and not any(environment.version_of(name) for name in _FLAVOURS["onnxruntime"]):
+    if not _any_flavour("onnxruntime"):
         return ()
-    listed = _probe("providers")
+    listed = probe.ask("providers")
     if "error" in listed:
         return (Provider("onnxruntime", False, f"cannot be imported: {listed['error']}"),)
     with ThreadPoolExecutor(2) as pool:
@@ -191,7 +178,7 @@ def _providers() -> tuple[Provider, ...]:
 
 
 def _provider(name: str) -> Provider:
-    answer = _probe("session", name)
+    answer = probe.ask("session", name)
     if name == _SERVICE and "error" in answer:
         return Provider(name, False, "hands whole models to a service; it is no device")
     # "[ONNXRuntimeError] : 1 : FAIL : why" -> "why"
@@ -202,9 +189,9 @@ def _provider_problems(providers: tuple[Provider, ...]) -> list[Problem]:
     problems = []
     for provider in providers:
         if not provider.works and provider.name != _SERVICE:
-            fix = "install its driver and libraries, or use --device cpu"
+            fix = "install its driver and libraries on a machine with its device, or use --device cpu"
             severity = "error" if provider.name in ("onnxruntime", "CPUExecutionProvider") else "warning"
-            problems.append(Problem(f"{provider.name} is compiled in and does not work: {provider.detail}", fix, severity))
+            problems.append(Problem(f"{provider.name} is installed and does not work: {provider.detail}", fix, severity))
     return problems
 
 
@@ -235,21 +222,7 @@ def _machine_problems(available: int, free: int, telemetry: dict[str, bool]) -> 
 
 def _ability(target: targets.Target, providers: tuple[Provider, ...]) -> dict[str, Any]:
     """Return what this machine can do with a target: build it, run it."""
-    built = all(environment.version_of(name) for name in (*_TO_BUILD, "onnxruntime-genai"))
+    built = all(_any_flavour(name) for name in (*_TO_BUILD, "onnxruntime-genai"))
     working = any(provider.works and provider.name == target.ort_provider for provider in providers)
     executes = working and environment.version_of(target.runtime_package) is not None
     return {**target.document(), "builds_here": built, "executes_here": executes}
-
-
-def _probe(*words: str) -> dict[str, Any]:
-    """Ask `slmops.probe` in a process of its own: a provider without its libraries may end the process that tries it."""
-    command = [sys.executable, "-P", "-m", "slmops.probe", *words]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"no answer within {_PROBE_SECONDS} s"}
-    try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        last = done.stderr.strip().splitlines()
-        return {"error": f"the process ended with code {done.returncode}{': ' + last[-1][:200] if last else ''}"}

@@ -62,6 +62,7 @@ PROVIDED_BY = {
     "onnxruntime": ("onnxruntime", "runtime"),
     "nncf": ("nncf", "openvino"),
     "onnxruntime_genai": ("onnxruntime-genai", "runtime"),
+    "onnxruntime_qnn": ("onnxruntime-qnn", "qnn"),
     "openvino": ("openvino", "openvino"),
     "openvino_genai": ("openvino-genai", "openvino"),
     "openvino_tokenizers": ("openvino-tokenizers", "openvino"),
@@ -76,6 +77,19 @@ PROVIDED_BY = {
     "transformers": ("transformers", "train"),
     "trl": ("trl", "preference"),
     "wandb": ("wandb", "wandb"),
+}
+
+# Distributions that put different files into the same package: the last one installed wins, without a word.
+FLAVOURS = {
+    "onnxruntime": (
+        "onnxruntime",
+        "onnxruntime-gpu",
+        "onnxruntime-directml",
+        "onnxruntime-openvino",
+        "onnxruntime-rocm",
+        "onnxruntime-silicon",
+    ),
+    "onnxruntime_genai": ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml", "onnxruntime-genai-winml"),
 }
 
 # Every variable that a dependency reads to send nothing (STACK: olive, onnxruntime >= 1.29, genai, huggingface_hub).
@@ -138,6 +152,12 @@ def version_of(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def clashing_flavours() -> list[tuple[str, ...]]:
+    """Return the distributions that are installed over one another: two or more flavours of the same package."""
+    found = [tuple(name for name in names if version_of(name)) for names in FLAVOURS.values()]
+    return [present for present in found if len(present) > 1]
 
 
 def builds_openvino() -> bool:

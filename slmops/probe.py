@@ -7,8 +7,19 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
 import sys
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
+
+_SECONDS = 60
+# Providers that come as a library beside onnxruntime -> the module that says where it lies (`get_library_path`).
+PLUGINS = {
+    "NvTensorRTRTXExecutionProvider": "onnxruntime_ep_nv_tensorrt_rtx",
+    "WebGpuExecutionProvider": "onnxruntime_ep_webgpu",
+}
 
 # An ONNX graph of one node, y = x + x over one float (IR 8, opset 17). A device has no onnx library to make it with;
 # a test makes it anew and compares.
@@ -16,10 +27,57 @@ ONE_NODE = base64.b64decode("CAgSADo1Cg4KAXgKAXgSAXkiA0FkZBIBZ1oPCgF4EgoKCAgBEgQ
 
 
 def providers() -> dict[str, Any]:
-    """Return the names of the execution providers that the installed onnxruntime was compiled with."""
+    """Return the names of the execution providers that the installed onnxruntime was compiled with, and of plugins beside it."""
     import onnxruntime
 
-    return {"providers": onnxruntime.get_available_providers(), "version": onnxruntime.__version__}
+    names = [*onnxruntime.get_available_providers(), *(name for name in PLUGINS if plugin_installed(name))]
+    return {"providers": names, "version": onnxruntime.__version__}
+
+
+def ask(*words: str) -> dict[str, Any]:
+    """Ask a probe in a process of its own: a provider without its libraries may end the process that tries it."""
+    command = [sys.executable, "-P", "-m", "slmops.probe", *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {_SECONDS} s"}
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = done.stderr.strip().splitlines()
+        return {"error": f"the process ended with code {done.returncode}{': ' + last[-1][:200] if last else ''}"}
+
+
+def plugin_installed(provider: str) -> bool:
+    """Tell whether the library of a provider that is a plugin is installed."""
+    return provider in PLUGINS and find_spec(PLUGINS[provider]) is not None
+
+
+def add_plugin(options: Any, provider: str) -> bool:
+    """Let a session run on a provider that is a plugin; False where it is none.
+
+    Raises:
+        ModuleNotFoundError: the plugin is not installed.
+        RuntimeError: it finds no device.
+    """
+    if provider not in PLUGINS:
+        return False
+    import onnxruntime
+
+    _register(provider)
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider]
+    if not devices:
+        raise RuntimeError("its plugin is installed and finds no device: there is no GPU, or no driver for it")
+    options.add_provider_for_devices(devices[:1], {})
+    return True
+
+
+@cache
+def _register(provider: str) -> None:
+    import onnxruntime
+
+    plugin = import_module(PLUGINS[provider])
+    onnxruntime.register_execution_provider_library(plugin.__name__, plugin.get_library_path())
 
 
 def session(provider: str) -> dict[str, Any]:
@@ -32,7 +90,15 @@ def session(provider: str) -> dict[str, Any]:
     if provider != "CPUExecutionProvider":
         # Without it, a node that the provider does not take runs on the CPU, and the provider seems to work.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    ready = onnxruntime.InferenceSession(ONE_NODE, options, providers=[provider])
+    if provider in PLUGINS:
+        if not plugin_installed(provider):
+            return {"error": f"{PLUGINS[provider].replace('_', '-')} is not installed"}
+        add_plugin(options, provider)
+        ready = onnxruntime.InferenceSession(ONE_NODE, options, enable_fallback=0)
+    elif provider not in onnxruntime.get_available_providers():
+        return {"error": f"the installed onnxruntime has no {provider}"}
+    else:
+        ready = onnxruntime.InferenceSession(ONE_NODE, options, providers=[provider], enable_fallback=0)
     if ready.get_providers()[0] != provider:
         return {"error": f"onnxruntime fell back to {ready.get_providers()[0]}"}
     answer = float(np.asarray(ready.run(None, {"x": np.ones(1, np.float32)})[0])[0])

@@ -3,20 +3,23 @@
 A target is "executed" where slmops has run such an export on that provider, "compiled" where the provider's compiler
 took it without the device, and "built" where only the graph was written. Nothing is claimed beyond what was executed.
 
-The tables follow onnxruntime-genai 0.18's model builder; a test compares them with the builder's source.
+The tables follow onnxruntime-genai 0.18's model builder; a test compares them with the builder's source. It has no FP16 for
+WebGPU in its list of valid pairs, and writes a graph for it that runs there. Graphs for a GPU are the builder's own for that
+provider (operators and types differ), quantized by slmops with the weights' type for scales: the rounding that was measured
+on the CPU is the same, and a model is quantized once, not by a quantizer for every device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal
 
 from slmops.errors import Unavailable
 
 Level = Literal["built", "compiled", "executed"]
-Road = Literal["genai", "qnn", "openvino"]
-"""genai: a graph that onnxruntime-genai runs; qnn: compiled for a Qualcomm NPU; openvino: IR that openvino-genai runs."""
+Road = Literal["genai", "genai-gpu", "qnn", "openvino"]
+"""genai: a graph that onnxruntime-genai runs on the CPU; genai-gpu: one for a GPU; qnn: compiled for a Qualcomm NPU; openvino: IR that openvino-genai runs."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,16 @@ class Target:
     runtime_adapters: bool = False
     """A package of it takes adapters at run time; where it does not, they are merged first."""
     builder_provider: str = ""
-    """Road genai: what the model builder calls the provider."""
+    """Roads genai and genai-gpu: what the model builder calls the provider."""
     builder_precision: str = ""
-    """Road genai: what the model builder calls the precision of the graph that it writes; slmops quantizes it."""
+    """Roads genai and genai-gpu: what the model builder calls the precision of the graph that it writes; slmops quantizes it."""
+    config_name: str = ""
+    """Roads genai and genai-gpu: what `genai_config.json` calls the provider; empty for the CPU, which it does not name."""
+
+    @property
+    def float_type(self) -> str:
+        """ONNX's name of the type of activations, cache and float weights."""
+        return {"fp16": "FLOAT16", "bf16": "BFLOAT16"}.get(self.builder_precision, "FLOAT")
 
     @property
     def name(self) -> str:
@@ -88,6 +98,24 @@ def _cpu(precision: str, recipe: str, check: str) -> Target:
         builder_provider="cpu",
         builder_precision="fp32",
     )
+
+
+def _gpu(provider: str, precision: str, recipe: str, **changes: Any) -> Target:
+    details: dict[str, Any] = {
+        "device": "gpu",
+        "provider": provider,
+        "precision": precision,
+        "road": "genai-gpu",
+        "level": "built",
+        "recipe": recipe,
+        "lacks": "runtime adapters (merged first)",
+        "check": _NOT_EXECUTED,
+        "builder_provider": provider,
+        "builder_precision": "bf16" if precision == "bf16" else "fp16",
+        **_GPU_RUNTIMES[provider],
+    }
+    details["lacks"] += changes.pop("lacks", "")
+    return Target(**(details | changes))
 
 
 def _qnn(precision: str, recipe: str) -> Target:
@@ -131,6 +159,28 @@ def _openvino(device: str, precision: str, level: Level, lacks: str, check: str)
     )
 
 
+_NOT_EXECUTED = (
+    "operators, types and config against tables of the provider's kernels; numerics by a float twin on the CPU; not executed on a GPU"
+)
+_WEBGPU_EXECUTED = "executed and verified on a software GPU (Mesa 25.0 lavapipe), on no other; without one, as the others are"
+_GPU_RUNTIMES = {
+    "cuda": {"ort_provider": "CUDAExecutionProvider", "runtime_package": "onnxruntime-genai-cuda", "extra": "cuda", "config_name": "cuda"},
+    "webgpu": {
+        "ort_provider": "WebGpuExecutionProvider",
+        "runtime_package": "onnxruntime-ep-webgpu",
+        "extra": "webgpu",
+        "config_name": "webgpu",
+    },
+    "dml": {"ort_provider": "DmlExecutionProvider", "runtime_package": "onnxruntime-genai-directml", "extra": "", "config_name": "dml"},
+    "trt-rtx": {
+        "ort_provider": "NvTensorRTRTXExecutionProvider",
+        "runtime_package": "onnxruntime-ep-nv-tensorrt-rtx",
+        "extra": "",
+        "config_name": "NvTensorRtRtx",
+    },
+}
+_INT8 = "8 bits in blocks of 64 with zero points, by least squares, float16 scales"
+_INT4 = "4 bits in blocks of 32 to 128, query, key and value in 8, by least squares, float16 scales"
 _WITHIN_BARS = "KL and task metric against PyTorch within the bars of `slmops verify`, on this CPU"
 
 _MERGED = "runtime adapters (merged first)"
@@ -141,16 +191,42 @@ TARGETS = (
     _cpu("fp32", "float", "logits equal PyTorch's to 2e-4 and answers are the same, on this CPU"),
     _cpu("int8", "8 bits in blocks of 64 with zero points, by least squares", _WITHIN_BARS),
     _cpu("int4", "4 bits in blocks of 32 to 256, query, key and value in 8, by least squares", _WITHIN_BARS),
-    *(_qnn(precision, "as for the CPU") for precision in ("int4",)),
+    _gpu("cuda", "fp16", "float16"),
+    _gpu("cuda", "bf16", "bfloat16, logits in float32"),
+    _gpu("cuda", "int8", _INT8),
+    _gpu("cuda", "int4", _INT4),
+    _gpu("webgpu", "fp16", "float16", level="executed", check=_WEBGPU_EXECUTED),
+    _gpu("webgpu", "int8", _INT8, level="executed", check=_WEBGPU_EXECUTED),
+    _gpu("webgpu", "int4", _INT4, level="executed", check=_WEBGPU_EXECUTED),
+    _gpu("dml", "fp16", "float16", lacks="; Windows only"),
+    _gpu("dml", "int4", f"{_INT4}, an even number of them a row; embedding in float16", lacks="; Windows only"),
+    _gpu("trt-rtx", "fp16", "float16"),
+    _gpu("trt-rtx", "bf16", "bfloat16, logits in float32"),
+    _qnn("int4", "4 bits in blocks of 32 to 256, query, key and value in 8, by least squares; 16-bit floats between"),
+    _qnn("int8", "8 bits in blocks of 64 with zero points, by least squares; 16-bit floats between"),
+    _qnn("fp16", "16-bit floats (the graph is in 32 bits, the NPU computes in 16)"),
     *(_openvino("cpu", precision, "executed", _MERGED, _WITHIN_BARS) for precision in ("fp32", "fp16", "int8", "int4")),
     *(_openvino("gpu", precision, "built", _MERGED, f"{_IR_READ} GPU") for precision in ("fp16", "int8", "int4")),
     *(_openvino("npu", precision, "built", f"{_MERGED}, dynamic shapes", f"{_IR_READ} NPU") for precision in ("int8", "int4")),
 )
 
+_BY_SIZE = ("int8", "int4", "fp16", "bf16", "fp32")
 # What the builder writes without complaint and the runtime then refuses: worse than an error at once.
-_FAILS_AT_RUN_TIME = {
+_IMPOSSIBLE = {
     ("cpu", "fp16"): "the graph builds and then fails at run time: onnxruntime has no fp16 kernels for it on a CPU",
     ("cpu", "bf16"): "the graph builds and then fails at run time: onnxruntime has no bf16 kernels for it on a CPU",
+    (
+        "cuda",
+        "fp32",
+    ): "onnxruntime's attention for grouped queries has no fp32 kernel on CUDA, and the builder leaves the cache without a producer",
+    ("dml", "fp32"): "the model builder has no graph for it",
+    ("dml", "bf16"): "DirectML has no bf16 kernels",
+    ("dml", "int8"): "the model builder has no graph for it",
+    ("webgpu", "fp32"): "the model builder has no graph for it",
+    ("webgpu", "bf16"): "WebGPU has no bf16",
+    ("trt-rtx", "fp32"): "the model builder has no graph for it",
+    ("trt-rtx", "int8"): "the model builder has no graph for it",
+    ("trt-rtx", "int4"): "the model builder has no graph for it",
 }
 
 # Hugging Face `architectures[0]` -> class of the model builder, for text-only causal language models.
@@ -223,8 +299,10 @@ def find(device: str = "cpu", provider: str | None = None, precision: str = "int
         )
     exact = [target for target in of_provider if target.precision == precision]
     if not exact:
-        why = _FAILS_AT_RUN_TIME.get((of_provider[0].provider, precision), "no such pair was ever executed")
-        raise Unavailable(f"precision {precision} does not run on {device}: {why}", _nearest(of_provider, precision))
+        found = of_provider[0]
+        why = _IMPOSSIBLE.get((found.provider, precision), "slmops has no such target")
+        place = device if found.provider == device else f"{device} with {found.provider}"
+        raise Unavailable(f"precision {precision} does not run on {place}: {why}", _nearest(of_provider, precision))
     return exact[0]
 
 
@@ -248,11 +326,13 @@ def builder_class(architecture: str) -> str:
 
 def _nearest(targets: tuple[Target, ...] | list[Target], precision: str) -> str:
     same = [target for target in targets if target.precision == precision]
-    chosen = same or list(targets)
-    precisions = [target.precision for target in chosen]
-    # Whoever asked for 16 bits cares for size: the smaller ones first.
-    precisions.sort(key=lambda name: ("int8", "int4", "fp32").index(name) if name in ("int8", "int4", "fp32") else 9)
-    return f"use --device {chosen[0].device} --precision {_listed(precisions, 'or')}"
+    chosen = (same or list(targets))[0]
+    # Of that one's device and provider; whoever asked for 16 bits cares for size: the smaller ones first.
+    precisions = [t.precision for t in targets if (t.device, t.provider) == (chosen.device, chosen.provider) and (t in same or not same)]
+    precisions.sort(key=lambda name: _BY_SIZE.index(name) if name in _BY_SIZE else 9)
+    usual = next(t for t in TARGETS if t.device == chosen.device)
+    provider = "" if chosen.provider == usual.provider else f" --provider {chosen.provider}"
+    return f"use --device {chosen.device}{provider} --precision {_listed(precisions, 'or')}"
 
 
 def _listed(names: set[str] | list[str], word: str = "and") -> str:

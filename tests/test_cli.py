@@ -93,6 +93,11 @@ def test_the_page_of_commands_is_current():
     assert (ROOT / "docs" / "commands.md").read_text() == reference.reference(), "python -m slmops.cli.reference > docs/commands.md"
 
 
+def test_the_page_of_targets_is_current():
+    page = (ROOT / "docs" / "targets.md").read_text()
+    assert page == reference.targets_page(), "python -m slmops.cli.reference targets > docs/targets.md"
+
+
 def test_version(run: Run):
     from slmops import __version__
 

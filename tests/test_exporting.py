@@ -104,7 +104,8 @@ def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
     [
         ({"precision": "fp16"}, Unavailable, "no fp16 kernels"),
         ({"precision": "bf16"}, Unavailable, "no bf16 kernels"),
-        ({"device": "npu"}, Unavailable, "npu"),
+        ({"device": "npu", "precision": "bf16"}, Unavailable, "npu"),
+        ({"device": "gpu", "provider": "metal"}, Unavailable, "no provider 'metal'"),
         ({"precision": "int3"}, InvalidInput, "precision"),
         ({"precision": "fp32", "block_size": 32}, InvalidInput, "no blocks"),
         ({"block_size": 48}, InvalidInput, "48 is none of"),

@@ -28,13 +28,6 @@ def test_sixteen_bits_on_a_cpu_are_refused_because_they_fail_at_run_time(precisi
     assert caught.value.hint == "use --device cpu --precision int8, int4 or fp32"
 
 
-@pytest.mark.parametrize("device", ["gpu", "npu"])
-def test_a_device_without_a_target_names_the_nearest(device: str):
-    with pytest.raises(Unavailable, match=f"'{device}'") as caught:
-        targets.find(device, None, "int4")
-    assert caught.value.hint == "use --device cpu --precision int4"
-
-
 def test_a_mistyped_provider_is_guessed():
     with pytest.raises(Unavailable, match="did you mean cpu"):
         targets.find("cpu", "cpuu", "int4")

@@ -39,8 +39,8 @@ from slmops.errors import InvalidInput, RunFailed
 from slmops.graph.linears import Linear
 from slmops.graph.quantization import Scheme, quantize
 from slmops.graph.recipes import Recipe, recipe_for
+from slmops.graph.stored_weights import StoredWeights
 from slmops.graph.survival import Share, pooled, share_of
-from slmops.runtime.stored_weights import StoredWeights
 
 FINE, RAISE, KEEP = "fine to merge", "higher precision for these layers", "keep as a runtime adapter"
 # Measured loss over ||N||^2 / ||D||^2, as above.

@@ -120,7 +120,11 @@ def merge(adapters: tuple[str, ...], call: Call) -> Any:
     "export",
     ExportSettings,
     writes="",
-    examples=("slmops export runs/merged -o runs/int4", "slmops export runs/merged -o runs/int8 --device cpu --precision int8"),
+    examples=(
+        "slmops export runs/merged -o runs/int4",
+        "slmops export runs/merged -o runs/int8 --device cpu --precision int8",
+        "slmops export runs/merged -o runs/webgpu --device gpu --provider webgpu",
+    ),
 )
 @click.argument("model")
 def export(model: str, call: Call) -> Any:

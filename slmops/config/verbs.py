@@ -93,12 +93,19 @@ class ExportSettings(Settings):
     """`slmops export`."""
 
     device: Literal["cpu", "gpu", "npu"] = setting("cpu", "kind of device that the export runs on")
-    provider: str | None = setting(None, "execution provider (default: the device's usual one)")
+    provider: str | None = setting(
+        None, "execution provider, such as webgpu; `slmops doctor` lists them (default: the device's usual one: cpu, cuda, qnn)"
+    )
     precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] = setting("int4", "precision of the weights")
     block_size: int | None = setting(
         None, "weights that share a scale, a power of two that divides the layer (default: by the layer's width)", ge=16
     )
     max_length_tokens: int | None = setting(None, "longest prompt and answer together (default: 2048 or the model's own limit)", ge=16)
+    soc: str | None = setting(None, "qnn: chip to compile for, such as 8-gen-3 or sm8650 (default: snapdragon-x-elite)")
+    prefill_tokens: int | None = setting(None, "qnn: tokens of a prompt that are computed at once (default: 64)", ge=2, le=1024)
+    weights_once: bool = setting(
+        False, "qnn: store what both compiled graphs share once; without an NPU such a file cannot be run, and verify compiles anew"
+    )
     force: bool = setting(False, "replace an output folder that slmops wrote")
 
 

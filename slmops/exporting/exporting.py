@@ -16,6 +16,8 @@ from slmops import artifact, progress, targets
 from slmops.artifact import Artifact, Draft
 from slmops.config import ExportSettings, flat, load
 from slmops.data import Interface
+from slmops.errors import InvalidInput
+from slmops.exporting import gpu_graph
 from slmops.exporting.preflight import choose_bounded_interface, preflight
 from slmops.graph.recipes import recipe_for
 from slmops.graph.shapes import Shape
@@ -26,6 +28,7 @@ _Writer = Callable[[Draft, Path, Interface, Target, ExportSettings, Shape], None
 # Imported when they are needed: each road has libraries of its own.
 _WRITERS: dict[Road, str] = {
     "genai": "slmops.exporting.genai_graph",
+    "genai-gpu": "slmops.exporting.gpu_graph",
     "qnn": "slmops.exporting.qnn",
     "openvino": "slmops.exporting.openvino",
 }
@@ -53,7 +56,8 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
     source, out = Path(model), Path(out)
     artifact.refuse_occupied(out, force=settings.force)
     target = targets.find(settings.device, settings.provider, settings.precision)
-    recipe_for(settings.precision, settings.block_size)  # a block size that no kernel takes is refused here
+    recipe_for(settings.precision, settings.block_size, target.provider)  # a block size that no kernel takes is refused here
+    _refuse_settings_of_others(settings, target)
     if (source / "adapter_config.json").is_file():
         return _export_adapter(source, out, settings)
     found = artifact.checked(source, "model", "export the folder that `slmops merge` wrote")
@@ -67,7 +71,16 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
         prompts = self_test.prompts_of(tuned, source, interface) if tuned is not None else []
         if draft.facts["level"] == "executed":  # a self-test is what was computed here
             self_test.record(draft.folder, draft.interface, draft.facts, {"": prompts})
+        elif target.road == "genai-gpu":
+            gpu_graph.record_on_twin(draft, {"": prompts})
     return draft.done()
+
+
+def _refuse_settings_of_others(settings: ExportSettings, target: Target) -> None:
+    """Raise InvalidInput for a setting that would be ignored."""
+    given = [name for name in ("soc", "prefill_tokens", "weights_once") if getattr(settings, name)]
+    if given and target.road != "qnn":
+        raise InvalidInput(f"{', '.join(given)}: only for --device npu --provider qnn, and the target is {target.name}", "leave it out")
 
 
 def writer_of(road: Road) -> _Writer:

@@ -35,7 +35,7 @@ def write_export(draft: Draft, source: Path, interface: Interface, target: targe
     Raises:
         RunFailed: the builder failed, or the graph that it wrote is not the one asked for.
     """
-    from slmops.graph import building, linears, rewriting
+    from slmops.graph import building, rewriting
 
     with TemporaryDirectory(prefix="slmops-export-") as scratch:
         built = Path(scratch) / "float"
@@ -46,12 +46,13 @@ def write_export(draft: Draft, source: Path, interface: Interface, target: targe
             provider="cpu",
             context_tokens=interface.max_length_tokens,
             options={"fuse_mlp_gate_up": "true"},
+            sources=True,
         )
-        graph = linears.load_graph(built / rewriting.MAIN)
+        graph = building.load_built(built, source)
         if recipe.bits:
             rewriting.quantize_graph(graph, recipe.scheme)
         rewriting.save_twins(graph, draft.folder)
-        _write_runtime_config(built / "genai_config.json", draft.folder / "genai_config.json", interface)
+        write_runtime_config(built / "genai_config.json", draft.folder / "genai_config.json", interface)
     copy_tokenizer(source, draft.folder)
     problems = checking.problems(draft.folder, recipe.document()["options"])
     if problems:
@@ -71,7 +72,7 @@ def write_export(draft: Draft, source: Path, interface: Interface, target: targe
     }
 
 
-def _write_runtime_config(source: Path, path: Path, interface: Interface) -> None:
+def write_runtime_config(source: Path, path: Path, interface: Interface) -> None:
     """Write `genai_config.json` with our stop tokens and length in place of the builder's guesses."""
     content = json.loads(source.read_text(encoding="utf-8"))
     model, search = content["model"], content["search"]

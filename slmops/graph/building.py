@@ -3,6 +3,9 @@
 Only its float graph is taken: the builder ignores options that it does not know (exit 0), pads blocks that do not
 divide, stores an int8 head beside a float embedding, and writes a graph that does not load for zero points on a tied
 embedding. What ships is made of the float graph by `slmops.graph.rewriting`.
+
+Of the float graph only what the model's own files do not hold is written: its matrices are read there, one at a time,
+when they are quantized or written. So any number of precisions is made of one build, in the memory of a few matrices.
 """
 
 from __future__ import annotations
@@ -14,13 +17,26 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from slmops import environment, progress
 from slmops.errors import RunFailed
+from slmops.graph.linears import Model, load_graph
+from slmops.graph.stored_weights import StoredWeights
 
 _PROCESS = Path(__file__).with_name("builder_process.py")
 
 
-def build(model: Path, out: Path, *, precision: str, provider: str, context_tokens: int, options: dict[str, str] | None = None) -> None:
+def build(
+    model: Path,
+    out: Path,
+    *,
+    precision: str,
+    provider: str,
+    context_tokens: int,
+    options: dict[str, str] | None = None,
+    sources: bool = False,
+) -> None:
     """Write the builder's folder for a model.
 
     Args:
@@ -30,6 +46,7 @@ def build(model: Path, out: Path, *, precision: str, provider: str, context_toke
         provider: as the builder names it: cpu, cuda ...
         context_tokens: longest sequence; the rotary tables are made for no more where the model's RoPE allows it.
         options: the builder's extra options.
+        sources: leave out of a float graph what the model's files hold; `load_built` reads it there.
 
     Raises:
         Unavailable: onnxruntime-genai or a library that its builder needs is missing.
@@ -46,12 +63,44 @@ def build(model: Path, out: Path, *, precision: str, provider: str, context_toke
             "provider": provider,
             "cache": str(Path(scratch) / "cache"),
             "options": options or {},
+            "sources": sources,
         }
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request), encoding="utf-8")
         done = subprocess.run([sys.executable, "-P", str(_PROCESS), str(path)], cwd=scratch, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not (out / "model.onnx").is_file():
         raise RunFailed(*_failure(done.returncode, done.stderr or done.stdout))
+
+
+def load_built(built: Path, model: Path) -> Model:
+    """Load a float graph that was built with `sources`: its matrices are those of the model's files, read when they are needed.
+
+    Args:
+        built: the builder's folder; it must stay while the graph is used.
+        model: the Hugging Face folder that it was built of.
+
+    Returns:
+        The graph; a matrix is read anew each time it is asked for, and nothing keeps it.
+    """
+    graph = load_graph(built / "model.onnx")
+    stored = StoredWeights(model)
+    sources: dict[str, dict[str, Any]] = json.loads((built / "sources.json").read_text(encoding="utf-8"))
+    for name, source in sources.items():
+        value = graph.graph.initializers[name]
+        value.const_value = _lazy(value.const_value, stored, source["parameters"], transposed=source["transposed"])
+    return graph
+
+
+def _lazy(place: Any, stored: StoredWeights, parameters: list[str], *, transposed: bool) -> Any:
+    """Return a tensor of a graph whose content is parameters of a model's files, stacked along their outputs."""
+    onnx_ir = environment.require("onnx_ir", "to read an ONNX graph")
+
+    def read() -> Any:
+        matrix = stored[parameters[0]] if len(parameters) == 1 else np.concatenate([stored[name] for name in parameters])
+        matrix = matrix.astype(place.dtype.numpy(), copy=False)
+        return onnx_ir.Tensor(matrix.T if transposed else matrix, dtype=place.dtype, name=place.name)
+
+    return onnx_ir.LazyTensor(read, dtype=place.dtype, shape=place.shape, name=place.name)
 
 
 def bounded_copy(model: Path, place: Path, context_tokens: int) -> Path:

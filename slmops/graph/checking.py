@@ -2,28 +2,62 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from slmops.graph import kernels
 from slmops.graph.linears import HEAD, Linear, Model, embedding, linears, load_graph
 from slmops.graph.rewriting import ADAPTED, FULL, MAIN
+from slmops.graph.static import dynamic_dimensions
+from slmops.targets import Target
 
 
-def problems(folder: Path, options: dict[str, Any]) -> list[str]:
-    """Compare an export's graphs with the options of its recipe; return one line per difference.
+def problems(folder: Path, options: dict[str, Any], target: Target | None = None) -> list[str]:
+    """Compare an export's graphs with the options of its recipe, and with what its provider can run; return one line per difference.
 
     Args:
         folder: an export of slmops.
         options: `recipe.options` of its manifest.
+        target: that it was made for; None: unknown, and not looked at.
     """
     main = load_graph(folder / MAIN)
-    found = linears(main) + [table for table in [embedding(main)] if table is not None]
+    differences = recipe_problems(main, options)
+    if (folder / FULL).is_file():
+        differences += _twin_problems(main, load_graph(folder / FULL))
+    if target is not None and target.provider in kernels.PROVIDERS:
+        differences += kernels.kernel_problems(main, target)
+        differences += [line for line in kernels.kernel_problems(load_graph(folder / FULL), target) if line not in differences]
+        differences += _config_problems(folder / "genai_config.json", target)
+    return differences
+
+
+def recipe_problems(model: Model, options: dict[str, Any]) -> list[str]:
+    """Compare the layers of one graph with the options of a recipe; return one line per difference."""
+    table = embedding(model) if options.get("embedding") != "float" else None
+    found = linears(model) + ([table] if table is not None else [])
     differences = [line for linear in found for line in _layer_problems(linear, options)]
     if not any(linear.name == HEAD for linear in found):
         differences.append(f"the graph has no {HEAD}")
-    if (folder / FULL).is_file():
-        differences += _twin_problems(main, load_graph(folder / FULL))
     return differences
+
+
+def static_problems(path: Path, options: dict[str, Any]) -> list[str]:
+    """Say what is wrong with a graph of fixed shapes: a layer unlike the recipe, or a shape that is not fixed."""
+    model = load_graph(path)
+    return recipe_problems(model, options) + [f"{path.name}: {line} has no fixed shape" for line in dynamic_dimensions(model)]
+
+
+def _config_problems(path: Path, target: Target) -> list[str]:
+    """Say where the runtime's config names another provider than the target's, which would run it somewhere else."""
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))["model"]["decoder"]["session_options"]["provider_options"]
+        named = [name for option in options for name in option]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{path.name} has no provider options that can be read: {error!r}"]
+    if named != [target.config_name]:
+        return [f"{path.name} names the providers {named}, and the target's is {target.config_name}"]
+    return []
 
 
 def adapter_problems(folder: Path) -> list[str]:
@@ -48,7 +82,7 @@ def _pair_inputs(model: Model) -> dict[str, int]:
 
 def _layer_problems(linear: Linear, options: dict[str, Any]) -> list[str]:
     bits = options["bits"]
-    if bits == 32:
+    if bits in (16, 32):
         return [f"{linear.name} is quantized to {linear.scheme.bits} bits, and float was asked for"] if linear.scheme else []
     if linear.scheme is None:
         return [f"{linear.name} is float, and {bits} bits were asked for"]

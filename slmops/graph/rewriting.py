@@ -20,21 +20,24 @@ from slmops import environment, progress
 from slmops.errors import RunFailed
 from slmops.graph.linears import EMBEDDING, HEAD, Linear, Model, Node, Value, embedding, linears, weights
 from slmops.graph.quantization import Quantized, Scheme, pack, quantize
+from slmops.graph.recipes import ACCURACY_LEVEL
 
 MAIN, FULL, ADAPTED, DATA = "model.onnx", "model_full.onnx", "model_adapters.onnx", "model.onnx.data"
-# Products in int8 with the activations quantized a block at a time: 2.4 x the decode speed of float products on AVX512-VNNI.
-ACCURACY_LEVEL = 4
 
 
-def quantize_graph(model: Model, scheme_of: Callable[[Linear], Scheme]) -> None:
-    """Quantize every linear layer of a float graph, in place, one tensor at a time.
+def quantize_graph(
+    model: Model, scheme_of: Callable[[Linear], Scheme], *, accuracy_level: int = ACCURACY_LEVEL, quantized_embedding: bool = True
+) -> None:
+    """Quantize every linear layer of a float graph, in place, one tensor at a time. Scales have the type of the weights.
 
     Args:
         model: a graph of the builder in float.
         scheme_of: the scheme of each layer.
+        accuracy_level: of every MatMulNBits.
+        quantized_embedding: the provider has a kernel for a quantized embedding; without it, the embedding stays float.
     """
     found = linears(model)
-    table = embedding(model)
+    table = embedding(model) if quantized_embedding else None
     tied = table is not None and any(table.tensors == linear.tensors for linear in found)
     nodes = {
         node.inputs[1].name: node
@@ -45,7 +48,7 @@ def quantize_graph(model: Model, scheme_of: Callable[[Linear], Scheme]) -> None:
         for linear in found:
             matrix = quantize(weights(model, linear), scheme_of(linear))
             values = _initializers(model, linear.tensors[0], matrix)
-            _replace_matmul(model, nodes[linear.tensors[0]], linear, matrix, values)
+            _replace_matmul(model, nodes[linear.tensors[0]], linear, matrix, values, accuracy_level)
             if tied and table is not None and linear.tensors == table.tensors:
                 _replace_gather(model, matrix, values)
             _drop(model, linear.tensors[0])
@@ -101,7 +104,9 @@ def _initializers(model: Model, stem: str, matrix: Quantized) -> list[Value]:
     """Register codes, scales and zero points as initializers; return them in the order that the operators want."""
     onnx_ir = environment.require("onnx_ir", "to rewrite a graph")
     values = []
-    for suffix, array in zip((f"_Q{matrix.scheme.bits}", "_scales", "_zero_points"), pack(matrix), strict=True):
+    codes, scales, points = pack(matrix)
+    scales = scales.astype(model.graph.initializers[stem].dtype.numpy(), copy=False)
+    for suffix, array in zip((f"_Q{matrix.scheme.bits}", "_scales", "_zero_points"), (codes, scales, points), strict=True):
         tensor = onnx_ir.tensor(np.ascontiguousarray(array), name=stem + suffix)
         value = onnx_ir.Value(name=stem + suffix, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
         model.graph.initializers[value.name] = value
@@ -109,9 +114,9 @@ def _initializers(model: Model, stem: str, matrix: Quantized) -> list[Value]:
     return values
 
 
-def _replace_matmul(model: Model, node: Node, linear: Linear, matrix: Quantized, values: list[Value]) -> None:
+def _replace_matmul(model: Model, node: Node, linear: Linear, matrix: Quantized, values: list[Value], accuracy_level: int) -> None:
     attributes = {"K": linear.inputs, "N": linear.outputs, "bits": matrix.scheme.bits, "block_size": matrix.scheme.block_size}
-    _replace(model, node, "MatMulNBits", [node.inputs[0], *values], {**attributes, "accuracy_level": ACCURACY_LEVEL})
+    _replace(model, node, "MatMulNBits", [node.inputs[0], *values], {**attributes, "accuracy_level": accuracy_level})
 
 
 def _replace_gather(model: Model, matrix: Quantized, values: list[Value]) -> None:

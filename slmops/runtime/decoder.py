@@ -21,8 +21,17 @@ import numpy as np
 from slmops import environment
 from slmops.errors import BadArtifact, RunFailed, Unavailable
 from slmops.runtime import adapter_files
+from slmops.runtime.providers import open_session, provider_of
+from slmops.targets import Target
 
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(bfloat16)": np.uint16,  # numpy has no bfloat16, and nobody looks into a cache
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+}
+_BFLOAT16 = 16  # of onnx.TensorProto.DataType
 
 
 class Cache:
@@ -51,16 +60,14 @@ class Decoder:
 
     Raises:
         BadArtifact: the graph cannot be loaded or does not fit the config.
-        Unavailable: it was built for another provider than the CPU, or without shared cache buffers.
+        Unavailable: its provider is not here, or it was built without shared cache buffers.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], filename: str, threads: int) -> None:
         details = config["model"]["decoder"]
-        if details.get("session_options", {}).get("provider_options"):
-            raise Unavailable(f"{folder} is built for another execution provider than the CPU", "export it for --device cpu")
         if not config["search"].get("past_present_share_buffer", False):
             raise Unavailable(f"{folder} does not share its cache buffers (no GroupQueryAttention)", "export it again with slmops")
-        self.session = _session(folder / filename, threads)
+        self.session = _session(folder / filename, threads, provider_of(config))
         inputs = {value.name: value for value in self.session.get_inputs()}
         outputs = {value.name: value for value in self.session.get_outputs()}
         self.has_positions = "position_ids" in inputs
@@ -115,7 +122,7 @@ class Decoder:
         mask = (np.arange(int(ends.max()))[None] < ends[:, None]).astype(np.int64)  # GroupQueryAttention reads the sum of each row
         binding = self.session.io_binding()
         for past, present, array in zip(self.past, self.present, cache, strict=True):
-            value = ort.OrtValue.ortvalue_from_numpy(array)  # on a CPU no copy: the array's own memory
+            value = _value(ort, array)  # on a CPU no copy: the array's own memory
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)
         for name, value in self._adapter.items():
@@ -160,7 +167,13 @@ def greedy(logits: np.ndarray) -> np.ndarray:
     return best
 
 
-def _session(path: Path, threads: int) -> Any:
+def _value(ort: Any, array: np.ndarray) -> Any:
+    if array.dtype == np.uint16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _session(path: Path, threads: int, target: Target | None) -> Any:
     ort = environment.require("onnxruntime", "to run a package")
     if not path.is_file():
         raise BadArtifact(f"{path} is missing", "export the model again, or copy the folder again")
@@ -168,7 +181,7 @@ def _session(path: Path, threads: int) -> Any:
     options.log_severity_level = 4  # errors come as exceptions; without this they are printed as well
     options.intra_op_num_threads = threads
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return open_session(str(path), options, target)
     except Exception as error:  # the binding's own classes (Fail, InvalidGraph ...) derive from Exception alone
         if not type(error).__module__.startswith("onnxruntime"):
             raise

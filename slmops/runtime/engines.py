@@ -25,6 +25,8 @@ class Engine:
 
 ENGINES = (
     Engine("openvino", "openvino_model.xml", ("openvino_model.bin",), ("openvino_model.xml", "openvino_model.bin"), "openvino_genai"),
+    # Before onnxruntime-genai's own: a device without the plugin's Python package runs it by genai (`decoder-pipeline`).
+    Engine("qnn", "prefill.onnx", ("*_qnn.bin",), ("*.onnx", "*_qnn.bin"), "onnxruntime"),
     Engine("genai", "genai_config.json", ("*.data",), ("*.onnx", "*.data", "*.onnx_adapter"), "onnxruntime_genai"),
 )
 
@@ -53,6 +55,10 @@ def open_export(folder: Path, threads: int) -> ExportRunner:
         from slmops.runtime.openvino_runner import OpenvinoRunner
 
         return OpenvinoRunner(folder, threads)
+    if engine is not None and engine.name == "qnn":
+        from slmops.runtime.static_runner import StaticRunner
+
+        return StaticRunner(folder, threads)
     from slmops.runtime.genai_runner import GenaiRunner
 
     return GenaiRunner(folder, threads)

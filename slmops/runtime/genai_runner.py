@@ -134,6 +134,14 @@ class GenaiRunner:
         self._check(ids, 0)
         return self._decoder.prefill(ids, Cache(self._decoder, 1, len(ids)).arrays, self._piece_tokens)
 
+    def step_logits(self, ids: Sequence[int], tokens: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield the logits after `ids`, and after each further token, (vocabulary,) each, by the graph that ships, a token a run."""
+        self._check(ids, len(tokens))
+        cache = Cache(self._decoder, 1, len(ids) + len(tokens)).arrays
+        yield self._decoder.prefill(ids, cache, self._piece_tokens)
+        for count, token in enumerate(tokens, 1):
+            yield self._decoder.run(np.array([[token]]), np.array([len(ids) + count]), cache)[0, -1]
+
     def runtime_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Return what `next_logits` does, of onnxruntime-genai's own Generator, which a device runs."""
         self._check(ids, 1)

@@ -123,6 +123,11 @@ class OpenvinoRunner:
         """Return the logits of the token after `ids`, (vocabulary,)."""
         return next(self.logits([ids]))[-1]
 
+    def step_logits(self, ids: Sequence[int], tokens: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield the logits after `ids`, and after each further token: see `ExportRunner`."""
+        for count in range(len(tokens) + 1):
+            yield self.next_logits([*ids, *tokens[:count]])
+
     def prepare(self) -> None:
         """Load the model as a device does: see `Runner`."""
         _ = self._pipeline

@@ -83,3 +83,7 @@ class ExportRunner(Runner, Protocol):
     def next_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Return the float32 logits of the token after `ids`, (vocabulary,), by the graph that ships."""
         ...
+
+    def step_logits(self, ids: Sequence[int], tokens: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield the logits after `ids`, and after each further token, (vocabulary,) each, by the graph that ships."""
+        ...

@@ -17,6 +17,7 @@ from slmops import environment
 from slmops.errors import BadArtifact
 from slmops.graph.rewriting import ADAPTED, MAIN
 from slmops.runtime.decoder import Decoder
+from slmops.runtime.providers import provider_of, register_with_genai, require_provider
 
 
 class ActiveAdapter(Protocol):
@@ -40,6 +41,7 @@ class Sessions:
 
     Raises:
         BadArtifact: there is no config that can be used.
+        Unavailable: the provider that the folder is made for is not here.
     """
 
     def __init__(self, folder: Path, threads: int) -> None:
@@ -53,6 +55,9 @@ class Sessions:
             self._configured: str = self.config["model"]["decoder"]["filename"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadArtifact(f"{folder} has no genai_config.json that can be used: {error!r}", "export the model again") from error
+        self._target = provider_of(self.config)
+        if self._target is not None:
+            require_provider(self._target, folder)
 
     def filename(self, *, adapted: bool) -> str:
         """Return the graph to run: the one that the config names, or a package's own for the base alone."""
@@ -73,6 +78,7 @@ class Sessions:
         """
         if filename not in self._models:
             og = environment.require("onnxruntime_genai", "to run a package")
+            register_with_genai(self._target)
             config = og.Config(str(self.folder))
             options = {"filename": filename, "session_options": {"intra_op_num_threads": self.threads}}
             config.overlay(json.dumps({"model": {"decoder": options}}))

@@ -11,8 +11,9 @@ from slmops.data import Encoded
 from slmops.results import Estimate
 from slmops.runtime.loading import Loaded
 from slmops.runtime.runner import Runner
+from slmops.runtime.static_runner import StaticRunner
 from slmops.runtime.torch_runner import TorchRunner
-from slmops.verification import weights
+from slmops.verification import compiled, weights
 from slmops.verification.bars import Bars
 from slmops.verification.comparison import Comparison, compare
 from slmops.verification.stages import Stage, Verdict, at_least, at_most, concluded, exactly, within
@@ -34,6 +35,8 @@ def check_logits(subject: Subject, bars: Bars) -> Stage:
     comparison = compare(subject.reference, subject.candidate, subject.corpus.sequences, label="logits", tie=2 * (bars.difference or 0.0))
     figures = logits_figures(comparison)
     figures["rows_from"] = subject.rows_from
+    if isinstance(subject.candidate, StaticRunner):
+        figures |= compiled.figures(subject.candidate, subject.corpus.sequences)
     advice = "the package does not compute what PyTorch does"
     if not subject.is_plain_base or bars.nmse is not None:
         return concluded("logits", logits_verdicts(comparison, bars), figures, shown, advice)
@@ -115,6 +118,8 @@ def runtime_differences(subject: Subject, answers: list[Any], longest: int) -> i
     near-ties (3 of 16 long answers of a SNIPS slot filler).
     """
     stops = subject.interface.stop_token_ids
+    if isinstance(subject.candidate, StaticRunner):
+        return compiled.decode_differences(subject.candidate, answers[:: max(1, len(answers) // _RUNTIME_ROWS)][:_RUNTIME_ROWS])
     prompts = [answer.prompt_ids for answer in answers[:: max(1, len(answers) // _RUNTIME_ROWS)][:_RUNTIME_ROWS]]
     expected = subject.candidate.generate(prompts, max_new_tokens=longest, stop_token_ids=stops, batch_size=1)
     # The stop tokens of the runtime's own config end these streams.

@@ -14,6 +14,7 @@ from slmops.config import VerifySettings, flat, load
 from slmops.errors import BadArtifact, InvalidInput
 from slmops.runtime import loading
 from slmops.runtime.engines import ENGINES
+from slmops.runtime.static_runner import StaticRunner
 from slmops.runtime.package import adapter_facts
 from slmops.verification import behaviour, surface, weights
 from slmops.verification.adapters import check_adapters
@@ -21,6 +22,9 @@ from slmops.verification.bars import bars_for
 from slmops.verification.self_test import check_self_test
 from slmops.verification.stages import NAMES, Stage
 from slmops.verification.subject import Subject, find_subject
+
+EXECUTED, BUILT = "executed", "built; numerics by a float twin on the CPU"
+COMPILED = "compiled; numerics by a stand-in for the NPU"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Verification:
     stages: tuple[Stage, ...]
     seconds: float
     warnings: tuple[str, ...] = ()
+    level: str = EXECUTED
+    """What ran: the package itself, or its float twin."""
     written: Path | None = None
 
     @property
@@ -51,6 +57,7 @@ class Verification:
             "package": str(self.package),
             "baseline": str(self.baseline) if self.baseline else None,
             "precision": self.precision,
+            "level": self.level,
             "stages": [stage.document() for stage in self.stages],
             "seconds": self.seconds,
             "warnings": list(self.warnings),
@@ -85,16 +92,22 @@ def verify(package: str | Path, *, config: Any = None, **overrides: Any) -> Veri
     for name in (settings.adapter or ()) if edited is None else ():
         _require_adapter(folder, found, name)
     stages = [surface.check_files(found, edited)]
-    subject, precision, warnings = None, "", []
+    subject, precision, level, warnings = None, "", EXECUTED, []
     if settings.self_test and stages[0].status != "fail":
         precision = str(found.manifest.facts.get("precision", "")) if found is not None else ""
         stages.append(check_self_test(folder, found, settings.adapter, settings.threads))
     elif stages[0].status != "fail":
         subject = find_subject(folder, found, settings)
         precision = subject.precision
+        if subject.absence is not None:
+            level = BUILT
+            warnings.append(f"the package itself did not run ({subject.absence}): its figures are those of a float twin on the CPU")
+        if isinstance(subject.candidate, StaticRunner):
+            level = EXECUTED if subject.candidate.on_npu else COMPILED
+            warnings.append(f"it ran on {subject.candidate.ran_on}")
         stages += _run(subject, warnings)
     baseline = subject.baseline if subject else None
-    result = Verification(folder, baseline, precision, tuple(stages), round(time.perf_counter() - started, 3), tuple(warnings))
+    result = Verification(folder, baseline, precision, tuple(stages), round(time.perf_counter() - started, 3), tuple(warnings), level)
     return _written(result, settings) if settings.out is not None else result
 
 
@@ -110,7 +123,7 @@ def _run(subject: Subject, warnings: list[str]) -> list[Stage]:
         "text": lambda: behaviour.check_text(subject, bars),
         "retention": lambda: behaviour.check_retention(subject),
         "adapters": lambda: check_adapters(subject, bars),
-        "self_test": lambda: check_self_test(subject.package, subject.found, subject.settings.adapter, subject.threads),
+        "self_test": lambda: _self_test(subject),
     }
     stages = []
     for name in NAMES[1:]:
@@ -125,6 +138,12 @@ def _run(subject: Subject, warnings: list[str]) -> list[Stage]:
         warnings.append(f"bars set by hand: {', '.join(bars.overridden)}")
     subject.close()
     return stages
+
+
+def _self_test(subject: Subject) -> Stage:
+    if subject.absence is not None:
+        return Stage("self_test", "skipped", "its answers are the float twin's: a machine with the provider compares its own with them")
+    return check_self_test(subject.package, subject.found, subject.settings.adapter, subject.threads)
 
 
 def _require_adapter(folder: Path, found: Artifact | None, name: str) -> None:
@@ -150,6 +169,6 @@ def _written(result: Verification, settings: VerifySettings) -> Verification:
     with artifact.create(settings.out, kind="verification", command="verify", config=flat(settings), force=settings.force) as draft:
         draft.add_input("package", result.package)
         draft.warnings = list(result.warnings)
-        draft.facts = {key: value for key, value in result.document().items() if key in ("passed", "failed_stage", "precision")}
+        draft.facts = {key: value for key, value in result.document().items() if key in ("passed", "failed_stage", "precision", "level")}
         artifact.write_json(draft.folder / "verification.json", result.document())
     return replace(result, written=draft.done().path)

@@ -10,11 +10,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from slmops import targets
 from slmops.errors import BadArtifact
-from slmops.graph import checking, ir, linears
+from slmops.graph import checking, ir, linears, placement
 from slmops.graph.rewriting import FULL
 from slmops.runtime.engines import engine_of
 from slmops.runtime.openvino_folder import stop_tokens_of
+from slmops.runtime.static_decoder import DECODE, PORTABLE, PREFILL
 
 Part = tuple[str, np.ndarray, np.ndarray | None]
 """A parameter of the Hugging Face model: its name, what the package multiplies with, (outputs, inputs) float32, and the step of
@@ -61,7 +63,8 @@ class Stored(Protocol):
 def stored_of(folder: Path) -> Stored:
     """Return what a folder stores."""
     engine = engine_of(folder)
-    return StoredIr(folder) if engine is not None and engine.name == "openvino" else StoredGraph(folder)
+    kinds: dict[str, type[Stored]] = {"openvino": StoredIr, "qnn": StoredStatic}
+    return kinds.get(engine.name if engine is not None else "", StoredGraph)(folder)
 
 
 class StoredGraph:
@@ -110,8 +113,12 @@ class StoredGraph:
     @property
     def schemes(self) -> dict[str, int]:
         """See `Stored`."""
-        schemes = [linear.scheme for linear in linears.linears(self.graph)]
-        return _counted(f"{scheme.bits} bits, blocks of {scheme.block_size}" if scheme else "float" for scheme in schemes)
+        return _counted(self._scheme(linear) for linear in linears.linears(self.graph))
+
+    def _scheme(self, linear: linears.Linear) -> str:
+        if linear.scheme is not None:
+            return f"{linear.scheme.bits} bits, blocks of {linear.scheme.block_size}"
+        return str(self.graph.graph.initializers[linear.tensors[0]].dtype.name).lower()
 
     def parts(self, shapes: Shapes) -> Iterator[Part]:
         """See `Stored`."""
@@ -127,6 +134,14 @@ class StoredGraph:
 
     def problems(self, facts: Mapping[str, Any] | None, shapes: Shapes) -> list[str]:
         """See `Stored`."""
+        lines = self._layer_problems(shapes)
+        if facts is None or "recipe" not in facts:
+            return lines
+        target = targets.find(facts["device"], facts["provider"], facts["precision"]) if "provider" in facts else None
+        return lines + checking.problems(self.folder, facts["recipe"]["options"], target)
+
+    def _layer_problems(self, shapes: Shapes) -> list[str]:
+        """Say which layers are none of the model's, or have another size."""
         found = linears.linears(self.graph)
         lines = (
             [f"{linear.name} is no layer of the baseline" for linear in found if not linears.parts(linear.name, shapes)] if shapes else []
@@ -136,7 +151,28 @@ class StoredGraph:
             for linear in found
             if (total := sum(rows.stop - rows.start for _, rows in linears.parts(linear.name, shapes))) not in (0, linear.outputs)
         ]
-        return lines + (checking.problems(self.folder, facts["recipe"]["options"]) if facts is not None and "recipe" in facts else [])
+        return lines
+
+
+class StoredStatic(StoredGraph):
+    """Graphs of fixed shapes, compiled for an NPU: their weights are read in the plain graphs that they were compiled from."""
+
+    runtime = "the decode graph"
+
+    @cached_property
+    def path(self) -> Path:
+        """The plain graph of a prompt's pieces."""
+        return self.folder / PORTABLE / PREFILL
+
+    def problems(self, facts: Mapping[str, Any] | None, shapes: Shapes) -> list[str]:
+        """See `Stored`; and whether the compiled files are for the chip of the manifest, and hold what it says the NPU takes."""
+        if facts is None or "recipe" not in facts:
+            return []
+        lines = self._layer_problems(shapes)
+        for name in (PREFILL, DECODE):
+            lines += checking.static_problems(self.folder / PORTABLE / name, facts["recipe"]["options"])
+            lines += [f"{name}: {line}" for line in placement.compiled_problems(self.folder / PORTABLE / name, self.folder / name, facts)]
+        return lines
 
 
 class StoredIr:

@@ -5,21 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from slmops import artifact, progress
+from slmops import artifact, progress, targets
 from slmops.artifact import Artifact
 from slmops.config import VerifySettings
 from slmops.data import NOT_COUNTED, Corpus, Encoded, Interface, Row, Tokenizer, encode_rows, read_rows, row_format_of
 from slmops.errors import BadArtifact, InvalidInput
-from slmops.runtime import loading
-from slmops.runtime.engines import open_export
+from slmops.graph.float_twin import write_float_twin
+from slmops.runtime import loading, providers
+from slmops.runtime.engines import engine_of, open_export
 from slmops.runtime.genai_runner import GenaiRunner
 from slmops.runtime.package import Package, adapter_names, interface_with
+from slmops.runtime.providers import provider_of
 from slmops.runtime.runner import ExportRunner, Runner, Sampling
+from slmops.targets import Target
 from slmops.verification.stored import Stored, StoredGraph, stored_of
 from slmops.verification.texts import OPENINGS
 
 _MOST_ROWS = 1000
+# Where an NPU is computed on a CPU, a row takes seconds.
+_MOST_ROWS_EMULATED = 24
 _OWN_TEXTS, _OWN_TOKENS = 10, 64
 
 
@@ -41,6 +48,8 @@ class Subject:
     """Of a package: the adapter that is proven; None: its base."""
     opened: Package | None = None
     """The package, loaded once for its base and all adapters."""
+    scratch: TemporaryDirectory[str] | None = None
+    """Where the float twin lies, while there is one."""
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -90,8 +99,27 @@ class Subject:
         return StoredGraph(self.package).path
 
     @cached_property
+    def absence(self) -> str | None:
+        """Why the package cannot run here and its float twin does in its place; None where it can."""
+        engine = engine_of(self.package)
+        if engine is None or engine.name != "genai":
+            return None
+        target = provider_of(StoredGraph(self.package).config)
+        return providers.absence(target.ort_provider) if target is not None else None
+
+    @cached_property
+    def target(self) -> Target | None:
+        """The target that the package was made for, as its manifest says; None for a folder of somebody else's."""
+        facts = self.found.manifest.facts if self.found is not None else {}
+        return targets.find(facts["device"], facts["provider"], facts["precision"]) if "provider" in facts else None
+
+    @cached_property
     def candidate(self) -> ExportRunner:
-        """The package, running, with the adapter on."""
+        """The package, running, with the adapter on; where its provider is not here, its float twin on the CPU."""
+        if self.absence is not None:
+            self.scratch = TemporaryDirectory(prefix="slmops-twin-")
+            with progress.task("write the float twin"):
+                return GenaiRunner(write_float_twin(self.package, Path(self.scratch.name)), self.threads)
         return self.opened.runner(self.adapter) if self.opened is not None else open_export(self.package, self.threads)
 
     @property
@@ -150,6 +178,9 @@ class Subject:
             runner = self.__dict__.pop(name, None)
             if runner is not None:
                 runner.close()
+        if self.scratch is not None:
+            self.scratch.cleanup()
+            self.scratch = None
 
 
 def find_subject(package: Path, found: Artifact | None, settings: VerifySettings) -> Subject:
@@ -246,7 +277,8 @@ def rows_given(found: Artifact | None, settings: VerifySettings) -> dict[str | N
 
 
 def _rows(settings: VerifySettings, found: Artifact | None, baseline: Path, baseline_found: Artifact | None) -> tuple[list[Row], str]:
-    limit = settings.max_rows or _MOST_ROWS
+    emulated = found is not None and found.manifest.facts.get("provider") == "qnn"
+    limit = settings.max_rows or (_MOST_ROWS_EMULATED if emulated else _MOST_ROWS)
     given = rows_given(found, settings).get(None)
     if given is not None:
         return read_rows(given)[:limit], given

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from slmops import progress
-from slmops.graph import checking
+from slmops.graph import checking, kernels
+from slmops.graph.linears import load_graph
 from slmops.graph.rewriting import FULL, MAIN
+from slmops.graph.stored_weights import StoredWeights
 from slmops.graph.survival import Share, pooled, share_of
 from slmops.runtime.hugging_face import parameter_shapes
-from slmops.runtime.stored_weights import StoredWeights
 from slmops.verification.stages import Stage, Verdict, within
 from slmops.verification.stored import Stored
 from slmops.verification.subject import Subject
@@ -33,13 +34,18 @@ def check_graph(subject: Subject) -> Stage:
     problems = subject.stored.problems(facts, parameter_shapes(subject.baseline))
     if subject.adapters:
         problems += checking.adapter_problems(subject.package)
-    problems += _last_token_problems(subject)
+    if not problems:  # what cannot run is not run
+        problems += _last_token_problems(subject)
     schemes = subject.stored.schemes
     figures = {"layers": sum(schemes.values()), "schemes": schemes, "problems": problems[:20]}
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         return Stage("graph", "fail", f"{'; '.join(problems[:3])}{more}: export again", figures, {"problems": 0})
     shown = ", ".join(f"{count} layers of {key}" for key, count in schemes.items())
+    if subject.target is not None and subject.target.provider in kernels.PROVIDERS:
+        placed = kernels.placement(load_graph(subject.graph_path))
+        figures |= {"nodes_of_the_provider": placed.provider, "integer_nodes": placed.host}
+        shown += f"; {subject.target.provider} has kernels for all {placed.provider} nodes that compute with floats"
     return Stage("graph", "pass", f"{shown}, as the recipe says", figures, {"problems": 0})
 
 

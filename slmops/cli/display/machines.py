@@ -39,9 +39,7 @@ def diagnosis(page: Page, document: Mapping[str, Any]) -> None:
     providers = [(item["name"], "ok" if item.get("works") else "no", item.get("detail") or "") for item in document.get("providers") or []]
     page.table(("provider", "works", "how it was tried"), providers, status=1)
     page.text()
-    page.table(
-        ("target", "built here", "runs here", "slmops tested it", "note"), [_target(t) for t in document.get("targets") or []], status=2
-    )
+    _targets(page, document.get("targets") or [])
     page.text()
     _problems(page, document.get("problems") or [])
 
@@ -56,10 +54,22 @@ def _problems(page: Page, problems: list[Mapping[str, Any]]) -> None:
         page.text(f"  fix: {item.get('fix')}")
 
 
-def _target(target: Mapping[str, Any]) -> tuple[str, ...]:
-    name = f"{target.get('device')} {target.get('precision')}"
-    here = ["yes" if target.get(key) else "no" for key in ("builds_here", "executes_here")]
-    return (name, *here, str(target.get("level", "")), str(target.get("lacks") or ""))
+def _targets(page: Page, targets: list[Mapping[str, Any]]) -> None:
+    """Write the targets, a line each device, provider and level, with the precisions that share it; then what runs them."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    runtimes: dict[str, str] = {}
+    for target in targets:
+        device, provider = str(target.get("device")), str(target.get("provider"))
+        name = device if device == provider else f"{device} {provider}"
+        here = ["yes" if target.get(key) else "no" for key in ("builds_here", "executes_here")]
+        groups.setdefault((name, *here, str(target.get("level", ""))), []).append(str(target.get("precision")))
+        extra = f" (slmops[{target['extra']}])" if target.get("extra") else ""
+        lacks = f"; lacks {target['lacks']}" if target.get("lacks") else ""
+        runtimes[name] = f"{target.get('runtime_package')}{extra}{lacks}"
+    rows = [(name, " ".join(precisions), *rest) for (name, *rest), precisions in groups.items()]
+    page.table(("target", "precisions", "builds here", "runs here", "slmops took it to"), rows, status=3)
+    page.text()
+    page.facts([(f"{name} is run by", runtime) for name, runtime in runtimes.items()])
 
 
 def _torch(torch: Mapping[str, Any] | None) -> str:

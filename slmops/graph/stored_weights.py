@@ -14,19 +14,23 @@ from slmops.graph.linears import EMBEDDING, HEAD
 class StoredWeights(Mapping[str, np.ndarray]):
     """The parameters of a Hugging Face folder by name, each read as float32 when it is asked for.
 
-    A head that is tied to the embedding has no file of its own: asked for by its name, it is the embedding.
+    A file is open only while a tensor is read: its pages count as memory of this process as long as it is mapped, and a
+    reader of all tensors would end with the whole model. A head that is tied to the embedding has no file of its own:
+    asked for by its name, it is the embedding.
     """
 
     def __init__(self, folder: Path) -> None:
         safetensors = environment.require("safetensors", "to read weights")
-        self._files = {}
+        self._files: dict[str, Path] = {}
         for file in sorted(folder.glob("*.safetensors")):
-            stored = safetensors.safe_open(file, framework="pt")  # numpy has no bfloat16
-            self._files |= dict.fromkeys(stored.keys(), stored)
+            with safetensors.safe_open(file, framework="pt") as stored:
+                self._files |= dict.fromkeys(stored.keys(), file)
 
     def __getitem__(self, name: str) -> np.ndarray:
         place = self._place(name)
-        return self._files[place].get_tensor(place).float().numpy()
+        safetensors = environment.require("safetensors", "to read weights")
+        with safetensors.safe_open(self._files[place], framework="pt") as stored:  # numpy has no bfloat16
+            return stored.get_tensor(place).float().numpy()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

@@ -1,0 +1,114 @@
+"""The road of onnxruntime-genai to a GPU: the builder's 16-bit graph for the provider, our rounding, checked without the GPU.
+
+The builder writes another graph for each provider (DirectML wants its rotation apart, TensorRT-RTX its norms in parts), so
+its graph for the provider is taken as it is; what is quantized in it is quantized by slmops, as for the CPU. A machine that
+has the provider runs the result. One that has not looks every node up in the provider's table of kernels, and runs the
+graph's float twin: the package is "built", and its self-test is what the twin answers.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from slmops.artifact import Draft
+from slmops.config import ExportSettings
+from slmops.data import Interface
+from slmops.data.tokenizer_files import copy_tokenizer
+from slmops.errors import RunFailed
+from slmops.exporting.genai_graph import run_once, write_runtime_config
+from slmops.graph import checking, kernels
+from slmops.graph.recipes import Recipe, recipe_for
+from slmops.graph.shapes import Shape
+from slmops.runtime import hugging_face
+from slmops.runtime.providers import absence
+from slmops.targets import Target
+
+TWIN_SAYS = "numerics by a float twin on the CPU"
+
+
+def write(draft: Draft, source: Path, interface: Interface, target: Target, settings: ExportSettings, shape: Shape) -> None:
+    """Write an export for a GPU: see `slmops.exporting.exporting`.
+
+    Raises:
+        RunFailed: the builder failed, or the graph that it wrote is not the one asked for, or none that the provider runs.
+        Unavailable: the graph runs nowhere.
+    """
+    recipe = recipe_for(settings.precision, settings.block_size, target.provider)
+    _write_graphs(draft.folder, source, interface, target, recipe)
+    copy_tokenizer(source, draft.folder)
+    problems = checking.problems(draft.folder, recipe.document()["options"], target)
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise RunFailed(
+            f"the graph is none that {target.provider} runs as asked: {'; '.join(problems[:3])}{more}",
+            "report the model's architecture and this message; --device cpu may work",
+        )
+    missing = absence(target.ort_provider)
+    if missing is None:
+        run_once(draft.folder, interface)
+    else:
+        draft.warn(f"{target.provider} is not here ({missing}): built and checked against its kernels, and {TWIN_SAYS}; not executed")
+    draft.add_input("baseline", source)
+    draft.interface = interface.model_dump(mode="json")
+    draft.facts = _facts(draft.folder, source, interface, target, recipe, "executed" if missing is None else "built")
+
+
+def record_on_twin(draft: Draft, prompts: dict[str, list[list[int]]]) -> None:
+    """Record the self-test of a package that cannot run here: what its float twin answers.
+
+    Raises:
+        Unavailable: onnxruntime cannot run the twin, nor therefore the graph.
+    """
+    from slmops.graph.float_twin import write_float_twin
+    from slmops.verification import self_test
+
+    with TemporaryDirectory(prefix="slmops-twin-") as scratch:
+        twin = write_float_twin(draft.folder, Path(scratch))
+        copy_tokenizer(draft.folder, twin)
+        run_once(twin, Interface.model_validate(draft.interface))
+        self_test.record(twin, draft.interface, draft.facts, prompts)
+        shutil.copyfile(twin / self_test.FILE, draft.folder / self_test.FILE)
+
+
+def _write_graphs(folder: Path, source: Path, interface: Interface, target: Target, recipe: Recipe) -> None:
+    from slmops.graph import building, linears, rewriting
+
+    with TemporaryDirectory(prefix="slmops-export-") as scratch:
+        built = Path(scratch) / "float"
+        building.build(
+            source,
+            built,
+            precision=target.builder_precision,
+            provider=target.builder_provider,
+            context_tokens=interface.max_length_tokens,
+            options={"fuse_mlp_gate_up": "true"},
+        )
+        graph = linears.load_graph(built / rewriting.MAIN)
+        if recipe.bits:
+            rewriting.quantize_graph(
+                graph, recipe.scheme, accuracy_level=recipe.accuracy_level, quantized_embedding=recipe.quantized_embedding
+            )
+        rewriting.save_twins(graph, folder)
+        write_runtime_config(built / "genai_config.json", folder / "genai_config.json", interface)
+
+
+def _facts(folder: Path, source: Path, interface: Interface, target: Target, recipe: Recipe, level: str) -> dict[str, Any]:
+    from slmops.graph.linears import load_graph
+    from slmops.graph.rewriting import MAIN
+
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".onnx", ".data"))
+    placed = kernels.placement(load_graph(folder / MAIN))
+    return {
+        "device": target.device,
+        "provider": target.provider,
+        "precision": target.precision,
+        "recipe": recipe.document(),
+        "size_bytes": size,
+        "bytes_per_parameter": round(size / hugging_face.parameter_count(source), 4),
+        "level": level,
+        "checked": {"nodes_of_the_provider": placed.provider, "integer_nodes": placed.host, "executed": level == "executed"},
+        "max_length_tokens": interface.max_length_tokens,
+    }
