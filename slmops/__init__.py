@@ -21,6 +21,7 @@ VERBS = {
     "doctor": "slmops.diagnosis",
     "evaluate": "slmops.evaluation",
     "export": "slmops.exporting",
+    "exports": "slmops.exporting",
     "finetune": "slmops.training",
     "generate": "slmops.runtime",
     "inspect_data": "slmops.data",

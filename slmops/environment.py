@@ -61,6 +61,7 @@ PROVIDED_BY = {
     "onnx_ir": ("onnx-ir", "train"),
     "onnxruntime": ("onnxruntime", "runtime"),
     "nncf": ("nncf", "openvino"),
+    "onnxruntime_ep_webgpu": ("onnxruntime-ep-webgpu", "webgpu"),
     "onnxruntime_genai": ("onnxruntime-genai", "runtime"),
     "onnxruntime_qnn": ("onnxruntime-qnn", "qnn"),
     "openvino": ("openvino", "openvino"),

@@ -231,8 +231,6 @@ _IMPOSSIBLE = {
 
 # Hugging Face `architectures[0]` -> class of the model builder, for text-only causal language models.
 ARCHITECTURES = {
-    "ChatGLMForConditionalGeneration": "ChatGLMModel",
-    "ChatGLMModel": "ChatGLMModel",
     "Ernie4_5ForCausalLM": "ErnieModel",
     "Gemma2ForCausalLM": "Gemma2Model",
     "Gemma3ForCausalLM": "Gemma3Model",
@@ -241,14 +239,10 @@ ARCHITECTURES = {
     "GraniteForCausalLM": "GraniteModel",
     "GraniteMoeHybridForCausalLM": "GraniteMoEHybridModel",
     "HunYuanDenseV1ForCausalLM": "HunyuanDenseV1Model",
-    "InternLM2ForCausalLM": "InternLM2Model",
-    "Lfm2ForCausalLM": "LFM2Model",
-    "Lfm2MoeForCausalLM": "LFM2MoEModel",
     "LlamaForCausalLM": "LlamaModel",
     "MistralForCausalLM": "MistralModel",
     "NemotronForCausalLM": "NemotronModel",
     "Phi3ForCausalLM": "Phi3MiniModel",
-    "Phi3SmallForCausalLM": "Phi3SmallModel",
     "PhiForCausalLM": "PhiModel",
     "Qwen2ForCausalLM": "QwenModel",
     "Qwen3ForCausalLM": "Qwen3Model",
@@ -256,14 +250,22 @@ ARCHITECTURES = {
 }
 
 _MORE_THAN_TEXT = "it takes images or sound as well as text, and slmops exports text-only models"
+_OWN_CODE = "transformers loads it only with code that comes with the model, and slmops runs none"
+_STATES = "its layers keep states of convolutions beside keys and values, which neither verify nor batches can carry on"
 # What the builder knows and slmops does not take, with the reason.
 REFUSED_ARCHITECTURES = {
+    "ChatGLMForConditionalGeneration": _OWN_CODE,
+    "ChatGLMModel": _OWN_CODE,
     "Gemma3ForConditionalGeneration": _MORE_THAN_TEXT,
     "Gemma4ForConditionalGeneration": _MORE_THAN_TEXT,
     "Gemma4UnifiedForConditionalGeneration": _MORE_THAN_TEXT,
+    "InternLM2ForCausalLM": _OWN_CODE,
     "Lfm2AudioForConditionalGeneration": _MORE_THAN_TEXT,
+    "Lfm2ForCausalLM": _STATES,
+    "Lfm2MoeForCausalLM": _STATES,
     "Lfm2VlForConditionalGeneration": _MORE_THAN_TEXT,
     "Mistral3ForConditionalGeneration": _MORE_THAN_TEXT,
+    "Phi3SmallForCausalLM": _OWN_CODE,
     "Phi3VForCausalLM": _MORE_THAN_TEXT,
     "Phi4MMForCausalLM": _MORE_THAN_TEXT,
     "OlmoForCausalLM": "the model builder writes a graph that computes something else (NMSE 0.05 against PyTorch, seen on a tiny model)",
@@ -318,9 +320,14 @@ def builder_class(architecture: str) -> str:
     close = get_close_matches(architecture, ARCHITECTURES, n=1, cutoff=0.85)
     guess = f"did you mean {close[0]}? " if close else ""
     families = "Llama, Mistral, Qwen2, Qwen3, Phi3, Gemma, SmolLM3, Granite and others"
+    if architecture.endswith("ForConditionalGeneration"):
+        left = "slmops trains, evaluates and exports decoders of text only, so nothing is left to do with this one"
+    elif REFUSED_ARCHITECTURES.get(architecture) == _OWN_CODE:
+        left = "nothing else works for this one either"
+    else:  # what transformers knows as a causal language model
+        left = "this one still fine-tunes, merges and evaluates in PyTorch"
     raise Unavailable(
-        f"architecture {architecture} cannot be exported: {reason}",
-        f"{guess}choose a base model of another family ({families}); fine-tuning, merging and evaluating in PyTorch may still work",
+        f"architecture {architecture} cannot be exported: {reason}", f"{guess}choose a base model of another family ({families}); {left}"
     )
 
 

@@ -263,6 +263,19 @@ def test_a_probe_names_what_is_missing():
     assert "answer" in probe.ask("session", "CPUExecutionProvider")
 
 
+def test_a_config_names_its_provider():
+    def config(*names: str) -> dict[str, Any]:
+        return {"model": {"decoder": {"session_options": {"provider_options": [{name: {}} for name in names]}}}}
+
+    assert providers.provider_of(config()) is None
+    assert providers.provider_of(config("cpu")) is None
+    for target in GPU:
+        found = providers.provider_of(config(target.config_name))
+        assert found is not None and found.provider == target.provider
+    with pytest.raises(Unavailable, match="for the provider VitisAI"):
+        providers.provider_of(config("VitisAI"))
+
+
 # ---- real exports ---------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +344,15 @@ def test_a_broken_package_is_seen_though_nothing_here_can_run_it(model: Path, cu
     result = slmops.verify(other, threads=1, data=rows, baseline=str(model))
     assert result.failed_stage == "graph"
     assert "com.microsoft.Swish has no kernel on cuda" in result.stages[-1].explanation
+    # A node without an attribute that it needs: its operator and types are right.
+    for name in (MAIN, FULL):
+        planted = load_graph(cuda / name)
+        del next(node for node in planted.graph if node.op_type == "GroupQueryAttention").attributes["num_heads"]
+        ir.save(planted, other / name)
+    artifact.seal(other)
+    result = slmops.verify(other, threads=1, data=rows, baseline=str(model))
+    assert result.failed_stage == "graph"
+    assert "num_heads" in result.stages[-1].explanation
     # A config that would run it elsewhere.
     config = shutil.copytree(cuda, tmp_path / "config")
     content = json.loads((config / "genai_config.json").read_text())
@@ -375,6 +397,12 @@ def test_adapters_at_run_time_are_refused_for_a_gpu(model: Path, tmp_path: Path)
     with pytest.raises(Unavailable, match="gpu cuda int4 takes no adapters at run time") as caught:
         slmops.pack(model, adapter=["a=runs/a"], out=tmp_path / "package", device="gpu")
     assert "slmops merge" in caught.value.hint
+
+
+@pytest.mark.slow
+def test_an_export_for_a_gpu_takes_no_adapters_either(cuda: Path, tmp_path: Path):
+    with pytest.raises(Unavailable, match="gpu cuda fp16 takes no adapters at run time"):
+        slmops.pack(cuda, adapter=["a=runs/a"], out=tmp_path / "package")
 
 
 def rows_of_text() -> list[dict[str, Any]]:

@@ -47,6 +47,21 @@ def test_architectures_are_those_of_the_builder():
         assert f"{name}(config" in source, architecture
 
 
+def test_pairs_are_those_of_the_builder():
+    spec = importlib.util.find_spec("onnxruntime_genai")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs onnxruntime-genai")
+    source = (Path(spec.origin).parent / "models" / "builder.py").read_text()
+    [listed] = re.findall(r"Valid precision \+ execution provider combinations are: ([^\"]+)", source)
+    valid = {tuple(reversed(pair.lower().split())) for pair in listed.split(", ")}
+    ours = {(target.provider, target.precision) for target in targets.TARGETS if target.road.startswith("genai")}
+    # Its FP32 graph for CUDA has a cache that no node makes; FP16 for WebGPU is in no list, and was executed.
+    assert ours == valid - {("cuda", "fp32")} | {("webgpu", "fp16")}
+    for provider, precision in valid - ours:
+        with pytest.raises(Unavailable):
+            targets.find("gpu", provider, precision)
+
+
 @pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "T5ForConditionalGeneration", "Qwen3VLForConditionalGeneration"])
 def test_other_architectures_are_refused_by_name(architecture: str):
     with pytest.raises(Unavailable, match=architecture) as caught:

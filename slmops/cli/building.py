@@ -122,7 +122,7 @@ def merge(adapters: tuple[str, ...], call: Call) -> Any:
     writes="",
     examples=(
         "slmops export runs/merged -o runs/int4",
-        "slmops export runs/merged -o runs/int8 --device cpu --precision int8",
+        "slmops export runs/merged -o runs/packages --device cpu --precision int4,int8",
         "slmops export runs/merged -o runs/webgpu --device gpu --provider webgpu",
     ),
 )
@@ -131,9 +131,10 @@ def export(model: str, call: Call) -> Any:
     """Export a model.
 
     MODEL is a merged model, any Hugging Face folder, or an adapter folder (merged first). The recipe is chosen from the
-    model's shape and printed; the graph that was written is checked against it.
+    model's shape and printed; the graph that was written is checked against it. Several precisions share one build: each
+    is a whole export in a folder of its own, OUT/int4 and OUT/int8.
     """
-    return slmops.export(model, config=call.config, **call.overrides)
+    return slmops.exports(model, config=call.config, **call.overrides)
 
 
 @command(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import field_validator
 
 from slmops.config.base import Settings, setting
 
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Metric = Literal["exact_match", "accuracy", "f1", "perplexity"]
 EvaluateMetric = Literal["exact_match", "accuracy", "f1", "perplexity", "pairwise_accuracy"]
 """What `evaluate` counts; preferences have no answer that the other verbs could compare."""
@@ -96,7 +97,9 @@ class ExportSettings(Settings):
     provider: str | None = setting(
         None, "execution provider, such as webgpu; `slmops doctor` lists them (default: the device's usual one: cpu, cuda, qnn)"
     )
-    precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] = setting("int4", "precision of the weights")
+    precision: str = setting(
+        "int4", "precision of the weights: fp32, fp16, bf16, int8 or int4; several, as int4,int8, go to OUT/int4 and OUT/int8"
+    )
     block_size: int | None = setting(
         None, "weights that share a scale, a power of two that divides the layer (default: by the layer's width)", ge=16
     )
@@ -107,6 +110,19 @@ class ExportSettings(Settings):
         False, "qnn: store what both compiled graphs share once; without an NPU such a file cannot be run, and verify compiles anew"
     )
     force: bool = setting(False, "replace an output folder that slmops wrote")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _name_precisions(cls, value: Any) -> Any:
+        """Take `int4, int8` or a list for `int4,int8`; each is one that is known, and none comes twice."""
+        if not isinstance(value, (str, list, tuple)):
+            return value
+        names = [name.strip() for name in (value.split(",") if isinstance(value, str) else map(str, value))]
+        unknown = [name for name in names if name not in get_args(Precision)]
+        if unknown or len(set(names)) < len(names):
+            problem = f"{unknown[0]!r} is none of {', '.join(get_args(Precision))}" if unknown else "one is named twice"
+            raise ValueError(problem)
+        return ",".join(names)
 
 
 class VerifySettings(Settings):
@@ -179,7 +195,7 @@ class PackSettings(Settings):
     remove: list[str] | None = setting(None, "of a package: adapter to take out, by name")
     device: Literal["cpu", "gpu", "npu"] = setting("cpu", "kind of device that the package runs on")
     provider: str | None = setting(None, "execution provider (default: the device's usual one)")
-    precision: Literal["fp32", "fp16", "bf16", "int8", "int4"] = setting("int4", "precision of the base's weights; adapters stay in float")
+    precision: Precision = setting("int4", "precision of the base's weights; adapters stay in float")
     block_size: int | None = setting(
         None, "weights that share a scale, a power of two that divides the layer (default: by the layer's width)", ge=16
     )

@@ -8,6 +8,7 @@ say to which level. A writer is `write(draft, source, interface, target, setting
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from slmops import artifact, progress, targets
 from slmops.artifact import Artifact, Draft
 from slmops.config import ExportSettings, flat, load
 from slmops.data import Interface
-from slmops.errors import InvalidInput
+from slmops.errors import BadArtifact, InvalidInput
 from slmops.exporting import gpu_graph
 from slmops.exporting.preflight import choose_bounded_interface, preflight
+from slmops.graph.building import shared_builds
 from slmops.graph.recipes import recipe_for
 from slmops.graph.shapes import Shape
 from slmops.targets import Road, Target
@@ -53,6 +55,8 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
         RunFailed: the builder failed, or the graph that it wrote is not the one asked for.
     """
     settings = load(ExportSettings, config, **overrides)
+    if "," in settings.precision:
+        raise InvalidInput(f"precision: {settings.precision} are several exports", "name one, or use slmops.exports")
     source, out = Path(model), Path(out)
     artifact.refuse_occupied(out, force=settings.force)
     target = targets.find(settings.device, settings.provider, settings.precision)
@@ -76,6 +80,51 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
     return draft.done()
 
 
+@dataclass(frozen=True)
+class Exports:
+    """Exports of one model, one a precision."""
+
+    artifacts: tuple[Artifact, ...]
+    out: Path
+
+    def document(self) -> dict[str, Any]:
+        """Return the JSON form: of one export its own, of several theirs by precision."""
+        documents = [made.document() for made in self.artifacts]
+        if len(documents) == 1:
+            return documents[0]
+        warnings = [line for document in documents for line in document["warnings"]]
+        each = {str(document["precision"]): document for document in documents}
+        return {
+            "artifact": str(self.out),
+            "kind": "exports",
+            "precision": ",".join(each),
+            "exports": each,
+            "warnings": list(dict.fromkeys(warnings)),
+        }
+
+
+def exports(model: str | Path, *, out: str | Path, config: Any = None, **overrides: Any) -> Exports:
+    """Export a model in one precision to `out`, or in several to `out`/PRECISION each, of one build of its graph.
+
+    Args and Raises: see `export`. Each is an export like any other; those before one that failed stay.
+    """
+    settings = load(ExportSettings, config, **overrides)
+    names = settings.precision.split(",")
+    places = [Path(out) / name for name in names] if len(names) > 1 else [Path(out)]
+    for name, place in zip(names, places, strict=True):  # what is wrong with the last is said before the first is made
+        artifact.refuse_occupied(place, force=settings.force)
+        targets.find(settings.device, settings.provider, name)
+    if len(names) > 1 and (Path(out) / artifact.MANIFEST).is_file():
+        raise BadArtifact(f"{out} is an artefact itself", "several exports need a folder of their own")
+    source = Path(model)
+    if len(names) > 1 and (source / "adapter_config.json").is_file():
+        source = _merged(source, Path(out) / "merged")
+    with shared_builds():
+        wish = flat(settings)
+        made = tuple(export(source, out=place, config={**wish, "precision": name}) for name, place in zip(names, places, strict=True))
+    return Exports(made, Path(out))
+
+
 def _refuse_settings_of_others(settings: ExportSettings, target: Target) -> None:
     """Raise InvalidInput for a setting that would be ignored."""
     given = [name for name in ("soc", "prefill_tokens", "weights_once") if getattr(settings, name)]
@@ -90,12 +139,15 @@ def writer_of(road: Road) -> _Writer:
 
 def _export_adapter(adapter: Path, out: Path, settings: ExportSettings) -> Artifact:
     """Merge an adapter beside the export first, so that the package has its baseline."""
+    return export(_merged(adapter, out.parent / f"{out.name}.merged"), out=out, config=flat(settings))
+
+
+def _merged(adapter: Path, place: Path) -> Path:
     from slmops.adapters import merge  # same layer: an adapter folder is a model too
 
-    merged = out.parent / f"{out.name}.merged"
-    progress.say(f"{adapter} is an adapter: merging it into its base first, as {merged}")
-    merge(adapter, out=merged, force=True)
-    return export(merged, out=out, config=flat(settings))
+    progress.say(f"{adapter} is an adapter: merging it into its base first, as {place}")
+    merge(adapter, out=place, force=True)
+    return place
 
 
 def _foretell(draft: Draft, source: Path, found: Artifact | None, settings: ExportSettings) -> None:

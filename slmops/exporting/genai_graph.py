@@ -45,7 +45,7 @@ def write_export(draft: Draft, source: Path, interface: Interface, target: targe
             precision="fp32",
             provider="cpu",
             context_tokens=interface.max_length_tokens,
-            options={"fuse_mlp_gate_up": "true"},
+            options=building.float_options(source),
             sources=True,
         )
         graph = building.load_built(built, source)

@@ -21,12 +21,11 @@ from slmops.errors import RunFailed
 from slmops.exporting.genai_graph import run_once, write_runtime_config
 from slmops.graph import checking, kernels
 from slmops.graph.recipes import Recipe, recipe_for
+from slmops.graph.rewriting import FULL, MAIN
 from slmops.graph.shapes import Shape
 from slmops.runtime import hugging_face
-from slmops.runtime.providers import absence
+from slmops.runtime.providers import absence, load_problem
 from slmops.targets import Target
-
-TWIN_SAYS = "numerics by a float twin on the CPU"
 
 
 def write(draft: Draft, source: Path, interface: Interface, target: Target, settings: ExportSettings, shape: Shape) -> None:
@@ -40,6 +39,7 @@ def write(draft: Draft, source: Path, interface: Interface, target: Target, sett
     _write_graphs(draft.folder, source, interface, target, recipe)
     copy_tokenizer(source, draft.folder)
     problems = checking.problems(draft.folder, recipe.document()["options"], target)
+    problems += [line for name in (MAIN, FULL) if (line := load_problem(draft.folder / name)) is not None]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise RunFailed(
@@ -50,7 +50,9 @@ def write(draft: Draft, source: Path, interface: Interface, target: Target, sett
     if missing is None:
         run_once(draft.folder, interface)
     else:
-        draft.warn(f"{target.provider} is not here ({missing}): built and checked against its kernels, and {TWIN_SAYS}; not executed")
+        draft.warn(
+            f"{target.provider} is not here ({missing}): checked against its kernels and run as a float twin on the CPU, not executed"
+        )
     draft.add_input("baseline", source)
     draft.interface = interface.model_dump(mode="json")
     draft.facts = _facts(draft.folder, source, interface, target, recipe, "executed" if missing is None else "built")
@@ -84,7 +86,7 @@ def _write_graphs(folder: Path, source: Path, interface: Interface, target: Targ
             precision=target.builder_precision,
             provider=target.builder_provider,
             context_tokens=interface.max_length_tokens,
-            options={"fuse_mlp_gate_up": "true"},
+            options=building.float_options(source),
         )
         graph = linears.load_graph(built / rewriting.MAIN)
         if recipe.bits:
@@ -97,7 +99,6 @@ def _write_graphs(folder: Path, source: Path, interface: Interface, target: Targ
 
 def _facts(folder: Path, source: Path, interface: Interface, target: Target, recipe: Recipe, level: str) -> dict[str, Any]:
     from slmops.graph.linears import load_graph
-    from slmops.graph.rewriting import MAIN
 
     size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".onnx", ".data"))
     placed = kernels.placement(load_graph(folder / MAIN))

@@ -11,7 +11,7 @@ place in the graph holds no data and `sources.json` says which they are. Whateve
 
 import json
 import sys
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,21 @@ def main() -> None:
     sys.path.insert(0, str(Path(package.origin).parent / "models"))
     import builder  # type: ignore[import-not-found]  # noqa: PLC0415
 
+    _load("builder_mends").mend()
     arguments = ("", request["model"], request["out"], request["precision"], request["provider"], request["cache"])
     if request["sources"]:
         _Naming(Path(request["model"]), Path(request["out"])).install()
     options = builder.parse_extra_options(*arguments, [f"{key}={value}" for key, value in request["options"].items()])
     builder.create_model(*arguments, **options)
+
+
+def _load(name: str) -> Any:
+    """Return a module that lies beside this file: its folder has names that the builder uses too, and is no place to import from."""
+    spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class _Naming:

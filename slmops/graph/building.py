@@ -10,9 +10,15 @@ when they are quantized or written. So any number of precisions is made of one b
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +31,8 @@ from slmops.graph.linears import Model, load_graph
 from slmops.graph.stored_weights import StoredWeights
 
 _PROCESS = Path(__file__).with_name("builder_process.py")
+_SHARED: ContextVar[Path | None] = ContextVar("_SHARED", default=None)
+"""Where builds are kept that may be asked for again (`shared_builds`)."""
 
 
 def build(
@@ -54,22 +62,49 @@ def build(
     """
     for library in ("onnxruntime_genai", "torch", "transformers", "onnx", "onnx_ir"):
         environment.require(library, "to build the graph")
+    wish: dict[str, Any] = {"precision": precision, "provider": provider, "options": options or {}, "sources": sources}
+    kept = _kept(model, context_tokens, wish)
+    if kept is not None and kept.is_dir():
+        shutil.copytree(kept, out, copy_function=os.link)
+        return
     with TemporaryDirectory(prefix="slmops-build-") as scratch, progress.task("build the graph"):
         source = bounded_copy(model, Path(scratch) / "model", context_tokens)
-        request = {
-            "model": str(source),
-            "out": str(out.resolve()),
-            "precision": precision,
-            "provider": provider,
-            "cache": str(Path(scratch) / "cache"),
-            "options": options or {},
-            "sources": sources,
-        }
+        request = {"model": str(source), "out": str(out.resolve()), "cache": str(Path(scratch) / "cache"), **wish}
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request), encoding="utf-8")
         done = subprocess.run([sys.executable, "-P", str(_PROCESS), str(path)], cwd=scratch, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not (out / "model.onnx").is_file():
         raise RunFailed(*_failure(done.returncode, done.stderr or done.stdout))
+    if kept is not None:
+        shutil.copytree(out, kept, copy_function=os.link)
+
+
+def float_options(model: Path) -> dict[str, str]:
+    """Return the builder's options for the float graph of a model.
+
+    gate and up are fused where the model has a gate. A cache for each layer's window alone is not asked for: onnxruntime 1.31
+    refuses it where the window is longer than the cache of a prompt, and a batch of `slmops.runtime.decoder` has none.
+    """
+    gated = any(".gate_proj." in name or ".gate_up_proj." in name or ".shared_mlp." in name for name in StoredWeights(model))
+    return {"windowed_kv_cache": "false", **({"fuse_mlp_gate_up": "true"} if gated else {})}
+
+
+@contextmanager
+def shared_builds() -> Iterator[None]:
+    """Make equal builds within the block once: a float graph without its matrices is a few megabytes, for all precisions of a model."""
+    with TemporaryDirectory(prefix="slmops-builds-") as folder:
+        token = _SHARED.set(Path(folder))
+        try:
+            yield
+        finally:
+            _SHARED.reset(token)
+
+
+def _kept(model: Path, context_tokens: int, wish: dict[str, Any]) -> Path | None:
+    """Return where a build is kept, by all that it depends on; None outside of `shared_builds`."""
+    folder = _SHARED.get()
+    text = json.dumps([str(model.resolve()), context_tokens, wish], sort_keys=True)
+    return folder / hashlib.sha256(text.encode()).hexdigest() if folder is not None else None
 
 
 def load_built(built: Path, model: Path) -> Model:

@@ -88,12 +88,9 @@ def _assemble(source: Path, named: dict[str, Path], settings: PackSettings) -> A
     if exported is not None:
         _refuse_unlike(exported, settings)
     model = _model_of(exported) if exported is not None else source
-    target = targets.find(settings.device, settings.provider, settings.precision)
-    if not target.runtime_adapters:
-        raise Unavailable(
-            f"{target.name} takes no adapters at run time",
-            f"slmops merge them, then slmops export MERGED --device {target.device} --provider {target.provider} --precision {target.precision}",
-        )
+    asked = exported.manifest.facts if exported is not None else settings.model_dump()
+    target = targets.find(asked["device"], asked["provider"], asked["precision"])
+    _refuse_without_adapters(target)
     recipe = recipe_for(settings.precision, settings.block_size)
     model_found = artifact.checked(model, "model", "give the base model that the adapters were trained on, or an export of it")
     shape = preflight(artifact.require_model(model), settings.out)
@@ -128,6 +125,13 @@ def _assemble(source: Path, named: dict[str, Path], settings: PackSettings) -> A
                 draft.warn(warning)
         self_test.record(draft.folder, draft.interface, draft.facts, {c.name: c.prompts for c in candidates})
     return draft.done()
+
+
+def _refuse_without_adapters(target: targets.Target) -> None:
+    if target.runtime_adapters:
+        return
+    place = f"--device {target.device} --provider {target.provider} --precision {target.precision}"
+    raise Unavailable(f"{target.name} takes no adapters at run time", f"slmops merge them, then slmops export MERGED {place}")
 
 
 def _refuse_unlike(exported: Artifact, settings: PackSettings) -> None:

@@ -7,6 +7,7 @@ without the driver or a device, onnxruntime's Python falls back to the CPU with 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from slmops import environment, probe, targets
@@ -75,6 +76,27 @@ def open_session(path: str, options: Any, target: targets.Target | None) -> Any:
     if session.get_providers()[0] != target.ort_provider:
         raise Unavailable(f"onnxruntime ran {path} on {session.get_providers()[0]}, not on {target.provider}", _INSTALL[target.provider])
     return session
+
+
+def load_problem(path: Path) -> str | None:
+    """Say what onnxruntime finds wrong with a graph's operators, attributes, types or shapes; None where it finds nothing.
+
+    It infers all of them when it loads a graph, before it looks for kernels: that the CPU has none is no fault of the graph's.
+    """
+    ort = environment.require("onnxruntime", "to check a graph")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the binding's own classes derive from Exception alone
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        if type(error).__name__ != "NotImplemented":
+            said = " ".join(str(error).split()).rpartition("failed:")[2]
+            # The node comes first and the reason last, with every name of its inputs between them.
+            return f"{path.name}: {said if len(said) < 240 else f'{said[:90]} ... {said[-140:]}'}"
+    return None
 
 
 def register_with_genai(target: targets.Target | None) -> None:

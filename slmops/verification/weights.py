@@ -19,6 +19,7 @@ from slmops.graph.rewriting import FULL, MAIN
 from slmops.graph.stored_weights import StoredWeights
 from slmops.graph.survival import Share, pooled, share_of
 from slmops.runtime.hugging_face import parameter_shapes
+from slmops.runtime.providers import load_problem
 from slmops.verification.stages import Stage, Verdict, within
 from slmops.verification.stored import Stored
 from slmops.verification.subject import Subject
@@ -34,6 +35,8 @@ def check_graph(subject: Subject) -> Stage:
     problems = subject.stored.problems(facts, parameter_shapes(subject.baseline))
     if subject.adapters:
         problems += checking.adapter_problems(subject.package)
+    if subject.target is not None and subject.target.provider in kernels.PROVIDERS:
+        problems += [line for name in (MAIN, FULL) if (line := load_problem(subject.package / name)) is not None]
     if not problems:  # what cannot run is not run
         problems += _last_token_problems(subject)
     schemes = subject.stored.schemes

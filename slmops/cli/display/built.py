@@ -74,7 +74,11 @@ def _after_training(out: str, document: Mapping[str, Any]) -> list[str]:
 
 
 def exported(page: Page, document: Mapping[str, Any]) -> None:
-    """Write target, recipe, size, and the next commands."""
+    """Write target, recipe, size, and the next commands; of several exports, of each."""
+    if "exports" in document:
+        for each in document["exports"].values():
+            exported(page, each)
+        return
     out = document.get("artifact", "")
     page.heading(f"{document.get('kind', 'export')} written to {out}")
     each = document.get("bytes_per_parameter")
@@ -91,8 +95,8 @@ def exported(page: Page, document: Mapping[str, Any]) -> None:
         ]
     )
     page.warnings(document)
-    if out:
-        page.next(f"slmops verify {shell(out)}", f"slmops bench {shell(out)}")
+    if out:  # what is not here to run it cannot measure it
+        page.next(f"slmops verify {shell(out)}", *([f"slmops bench {shell(out)}"] if document.get("level") == "executed" else []))
 
 
 def packed(page: Page, document: Mapping[str, Any]) -> None:

@@ -70,6 +70,7 @@ def _targets(page: Page, targets: list[Mapping[str, Any]]) -> None:
     page.table(("target", "precisions", "builds here", "runs here", "slmops took it to"), rows, status=3)
     page.text()
     page.facts([(f"{name} is run by", runtime) for name, runtime in runtimes.items()])
+    page.text("how and where each was checked: docs/targets.md, and --json")
 
 
 def _torch(torch: Mapping[str, Any] | None) -> str:
