@@ -161,6 +161,12 @@ def clashing_flavours() -> list[tuple[str, ...]]:
     return [present for present in found if len(present) > 1]
 
 
+def missing_for_openvino() -> list[str]:
+    """Return what is not installed of what builds OpenVINO exports; to import them would take seconds."""
+    needed = ("optimum-intel", "nncf", "openvino", "openvino-genai", "openvino-tokenizers", "torch", "transformers")
+    return [name for name in needed if version_of(name) is None]
+
+
 def builds_openvino() -> bool:
     """Tell whether this environment is one that makes exports for OpenVINO, which cannot be one that trains."""
     return version_of("optimum-intel") is not None

@@ -34,7 +34,6 @@ from slmops.graph.building import bounded_copy
 from slmops.graph.ir import ROW, is_matrix, kind_of
 from slmops.graph.recipes import block_by_rule
 
-_DISTRIBUTIONS = ("optimum-intel", "nncf", "openvino", "openvino-genai", "openvino-tokenizers", "torch", "transformers")
 _FRAGILE = ("q_proj", "k_proj", "v_proj", "qkv_proj")
 _WHOLE_ROW = -1
 # OpenVINO's guide for its NPU (docs.openvino.ai, "OpenVINO GenAI on NPU"): symmetric, groups of 128, or a scale a row.
@@ -177,9 +176,7 @@ def build_ir(model: Path, out: Path, *, recipe: IrRecipe, device: str, context_t
 
 def require_libraries() -> None:
     """Raise Unavailable where a library that builds OpenVINO exports is missing here."""
-    # Asked of the installer: to import them takes seconds, and another process does the work.
-    missing = [name for name in _DISTRIBUTIONS if environment.version_of(name) is None]
-    if missing:
+    if missing := environment.missing_for_openvino():
         verb = "is" if len(missing) == 1 else "are"
         text = f"{', '.join(missing)} {verb} not installed; needed to build an OpenVINO export"
         raise Unavailable(text, environment.how_to_install("openvino"))

@@ -78,7 +78,7 @@ class _Static:
         self.positions, self.written, self.kept = self._positions()
 
     def norm(self, node: Node) -> None:
-        """Write a sum and a norm in place of an operator of both: y = norm(x + skip), and x + skip goes on beside it."""
+        """Write a sum and a norm in place of an operator of both; the sum goes on beside the norm."""
         self.place = node
         x, skip, *weights = node.inputs
         plain = node.op_type == "SkipSimplifiedLayerNormalization"
