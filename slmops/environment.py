@@ -273,6 +273,12 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_gpu_bytes() -> int:
+    """Return the most GPU memory that torch has held in this process so far; 0 without a GPU."""
+    torch = require("torch", "to train")
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
 def keep_freed_memory() -> None:
     """Let this process keep memory that it frees, for the tensors of the next step, where the C library is glibc.
 

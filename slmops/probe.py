@@ -115,8 +115,7 @@ def torch() -> dict[str, Any]:
 
 def openvino() -> dict[str, Any]:
     """Return the devices that OpenVINO has a driver for."""
-    import openvino as library
-
+    library = import_module("openvino")  # of an extra that this environment may not have
     return {"devices": sorted({name.split(".")[0] for name in library.Core().available_devices})}
 
 

@@ -148,6 +148,9 @@ class RunSettings(Settings):
     precision: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "arithmetic of the frozen base (auto: bf16 where the processor or GPU multiplies it, but fp32 for --quantized-base)"
     )
+    activation_checkpoints: Literal["auto", "on", "off"] = setting(
+        "auto", "compute activations twice in place of holding them: a third more time for less memory (auto: where it fits only so)"
+    )
     threads: int | None = setting(None, "threads (default: one for a tiny model, else all cores)", ge=1)
     seed: int = setting(0, "seed of everything random: two runs on one machine give the same adapter", ge=0)
     evaluations: int = setting(4, "how often in the run validation is measured and the best adapter kept", ge=1)

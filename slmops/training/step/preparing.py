@@ -91,7 +91,8 @@ def _try_joined(
     own = causal.config._attn_implementation
     hook = _widen(causal)
     causal.config._attn_implementation = KEY
-    layout = Joined(causal, _multiple(causal), patched.focus)
+    bf16_on_cpu = causal.device.type == "cpu" and causal.get_input_embeddings().weight.dtype != torch.float32
+    layout = Joined(causal, fill_to(sum(p.numel() for p in causal.parameters()), bf16_on_cpu=bf16_on_cpu), patched.focus)
     try:
         patching.fuse_attention(patched)
         distance = _distance(layout, causal, trial, expected)
@@ -108,11 +109,11 @@ def _try_joined(
     return reason, padded
 
 
-def _multiple(causal: Any) -> int:
-    """Return what the number of a batch's tokens is rounded up to one of."""
-    if causal.device.type != "cpu" or causal.get_input_embeddings().weight.dtype == torch.float32:
+def fill_to(parameters: int, *, bf16_on_cpu: bool) -> int:
+    """Return what the number of a batch's tokens is rounded up to one of, for a model of so many parameters."""
+    if not bf16_on_cpu:
         return 1
-    return _MULTIPLE_OF_SMALL if sum(p.numel() for p in causal.parameters()) < _SMALL_PARAMETERS else _MULTIPLE
+    return _MULTIPLE_OF_SMALL if parameters < _SMALL_PARAMETERS else _MULTIPLE
 
 
 def _widen(causal: Any) -> Any:
