@@ -10,7 +10,6 @@ counted in both. Processor seconds are what a busy machine leaves as they are. A
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from families import write_tokenizer
 
 from slmops.runtime.hugging_face import parameter_count
 
@@ -55,7 +55,6 @@ def make_shape(folder: Path, name: str) -> Path:
     """Write a model of random weights, with a tokenizer of bytes."""
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     if (folder / "model.safetensors").is_file():
         return folder
@@ -66,14 +65,7 @@ def make_shape(folder: Path, name: str) -> Path:
     torch.set_default_dtype(getattr(torch, dtype))
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="50GB")
     torch.set_default_dtype(torch.float32)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({text: i for i, text in enumerate(["<unk>", "<s>", "</s>", *letters])}, [], unk_token="<unk>"))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    backend.save(str(folder / "tokenizer.json"))
-    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
-    return folder
+    return write_tokenizer(folder)
 
 
 def cost_of(command: list[str]) -> Cost:

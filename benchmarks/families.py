@@ -181,8 +181,8 @@ class Outcome:
         return self.right or (self.refusal is not None and self.refusal.exit_code == 3)
 
 
-def make_family(folder: Path, family: Family, tokenizer: Path) -> Path:
-    """Write a tiny random model of a family, with the tokenizer of another folder."""
+def make_family(folder: Path, family: Family) -> Path:
+    """Write a tiny random model of a family, with a tokenizer of bytes."""
     import torch
     import transformers
 
@@ -195,30 +195,42 @@ def make_family(folder: Path, family: Family, tokenizer: Path) -> Path:
             around_0 = name.endswith("bias") or family.prefix.startswith("Gemma")
             torch.nn.init.normal_(parameter, mean=0.0 if around_0 else 1.0, std=0.2)
     model.to(getattr(torch, family.dtype)).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((tokenizer / name).read_bytes())
+    return write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """Write a tokenizer of bytes, 259 tokens, <s> 1 and </s> 2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({text: i for i, text in enumerate(["<unk>", "<s>", "</s>", *letters])}, [], unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
     return folder
 
 
 def rows() -> list[dict[str, str]]:
-    """Return rows longer than the windows: their answers stand behind 40 to 100 tokens."""
+    """Return rows longer than the windows: their answers stand behind 50 to 140 bytes."""
     words = _TEXT.split()
     return [{"text": " ".join((words * 2)[i : i + 8 + 2 * i]), "intent": words[-1 - i]} for i in range(8)]
 
 
-def outcome_of(family: Family, work: Path, tokenizer: Path, *, merged: bool = True) -> Outcome:
+def outcome_of(family: Family, work: Path, *, merged: bool = True) -> Outcome:
     """Take a family down the road.
 
     Args:
         family: whose model is made.
         work: a folder to write to.
-        tokenizer: folder with a tokenizer of fewer than 320 tokens.
         merged: export the merged fine-tune too, which is a build of its own.
     """
     work.mkdir(parents=True, exist_ok=True)
     data = work / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
-    model = make_family(work / "model", family, tokenizer)
+    model = make_family(work / "model", family)
     try:
         adapter = slmops.finetune(model, data, out=work / "adapter", validation=data, **_TRAINING).path
         whole = slmops.merge(adapter, out=work / "merged").path
@@ -267,7 +279,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("families", nargs="*", help="names; all unless given")
     parser.add_argument("--work", type=Path, help="folder to keep what is made")
-    parser.add_argument("--tokenizer", type=Path, help="folder with a tokenizer of fewer than 320 tokens (default: that of the demo)")
     options = parser.parse_args()
     chosen = [family for family in FAMILIES if not options.families or family.name in options.families]
     print(HEADER, flush=True)
@@ -275,7 +286,7 @@ def main() -> int:
     with TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
         for family in chosen:
-            outcome = outcome_of(family, work / family.name.replace(" ", "-"), options.tokenizer)
+            outcome = outcome_of(family, work / family.name.replace(" ", "-"))
             good &= outcome.acceptable
             print(line(family, outcome), flush=True)
     return 0 if good else 1

@@ -224,7 +224,7 @@ def test_merge_takes_several_adapters_and_needs_a_folder_only_where_it_writes(ru
         (["exprot"], "no such command: exprot (did you mean export?)"),
         (["data", "inspct", "x"], "no such command: inspct (did you mean inspect?)"),
         (["export", "m", "--precison", "int4"], "'--precision'"),
-        (["export", "m", "-o", "o", "--precision", "int5"], "'int5' is not one of"),
+        (["pack", "m", "-o", "o", "--precision", "int5"], "'int5' is not one of"),
         (["finetune", "m", "d", "-o", "o", "--epochs", "many"], "'many' is not a valid float"),
         (["export"], "Missing argument 'MODEL'"),
         (["show", "a", "b"], "unexpected extra argument"),

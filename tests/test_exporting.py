@@ -8,11 +8,12 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from tiny import ROWS, TEMPLATES, make_adapter, make_export, make_model, make_tokenizer, write_rows
+from tiny import POSITIONS, ROWS, TEMPLATES, make_adapter, make_export, make_model, make_tokenizer, write_rows
 
 import slmops
-from slmops import artifact
+from slmops import artifact, progress
 from slmops.data import Interface
 from slmops.errors import BadArtifact, InvalidInput, RunFailed, SlmopsError, Unavailable
 from slmops.graph.shapes import read_shape
@@ -109,6 +110,9 @@ def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
         ({"precision": "int3"}, InvalidInput, "precision"),
         ({"precision": "fp32", "block_size": 32}, InvalidInput, "no blocks"),
         ({"block_size": 48}, InvalidInput, "48 is none of"),
+        ({"precision": "int4,int8"}, InvalidInput, "are several exports"),
+        ({"precision": "int4,int4"}, InvalidInput, "names one twice"),
+        ({"precision": "int4,int7"}, InvalidInput, "or several of them"),
         ({"max_length_tokens": 4}, InvalidInput, "max_length_tokens"),
     ],
     ids=str,
@@ -128,7 +132,7 @@ def hollow_weights(path: Path, parameters: int) -> None:
 def test_too_little_memory_is_said_before_work_begins(tmp_path: Path) -> None:
     model = config_only(tmp_path / "model")
     hollow_weights(model / "model.safetensors", 100_000_000_000)
-    error = refused(model, tmp_path / "out", RunFailed, "needs about 1000.0 GB of memory")
+    error = refused(model, tmp_path / "out", RunFailed, "needs about 561.0 GB of memory")
     assert error.exit_code == 1
 
 
@@ -212,6 +216,71 @@ def test_a_block_size_that_a_layer_refuses_leaves_nothing(tmp_path: Path) -> Non
     assert error.exit_code == 2
 
 
+class Labels:
+    """A sink of progress that remembers what began."""
+
+    def __init__(self) -> None:
+        self.labels: list[str] = []
+
+    def start(self, label: str, total: int | None, unit: str) -> Any:
+        self.labels.append(label)
+        return self
+
+    def advance(self, steps: int = 1, **fields: Any) -> None: ...
+
+    def finish(self, task: Any) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+
+@pytest.mark.slow
+def test_several_precisions_are_whole_exports_of_one_build(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    alone = make_export(tmp_path / "alone", model, "int4")
+    seen = Labels()
+    with progress.watch(seen):
+        made = slmops.exports(model, out=tmp_path / "both", precision="int4, int8", max_length_tokens=POSITIONS)
+    assert seen.labels.count("build the graph") == 1, "the second takes the graph of the first"
+    assert [one.path.name for one in made.artifacts] == ["int4", "int8"]
+    document = made.document()
+    assert document["kind"] == "exports"
+    assert set(document["exports"]) == {"int4", "int8"}
+    for one in made.artifacts:
+        again = artifact.load(one.path, kinds=("export",))
+        assert again.manifest.config["precision"] == again.manifest.facts["precision"] == one.path.name
+        assert again.find("baseline") == model
+        artifact.check(again)
+    for name in ("model.onnx", "model_full.onnx", "model.onnx.data"):
+        assert (tmp_path / "both" / "int4" / name).read_bytes() == (alone / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_float_graph_without_data_reads_the_models_files(tmp_path: Path) -> None:
+    """Stored in bf16, projections fused, two files: what the graph multiplies with is what the files say."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from slmops.graph import building
+    from slmops.graph.linears import linears, parts, weights
+    from slmops.graph.stored_weights import StoredWeights
+    from slmops.runtime.hugging_face import parameter_shapes
+
+    model = make_model(tmp_path / "model", tie_word_embeddings=False)
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model, max_shard_size="100KB")
+    (model / "model.safetensors").unlink()
+    assert len(list(model.glob("*.safetensors"))) > 1
+    options = building.float_options(model)
+    building.build(model, tmp_path / "built", precision="fp32", provider="cpu", context_tokens=64, options=options, sources=True)
+    assert not (tmp_path / "built/model.onnx.data").exists(), "every matrix is a stack of the model's own"
+    graph, stored = building.load_built(tmp_path / "built", model), StoredWeights(model)
+    found = linears(graph)
+    assert {linear.name.rpartition(".")[2] for linear in found} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"}
+    for linear in found:
+        held = weights(graph, linear)
+        for name, rows in parts(linear.name, parameter_shapes(model)):
+            np.testing.assert_array_equal(held[rows], stored[name])
+
+
 @pytest.mark.slow
 def test_the_same_model_gives_the_same_files(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
@@ -222,19 +291,16 @@ def test_the_same_model_gives_the_same_files(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_graph_that_the_runtime_cannot_run_is_no_export(tmp_path: Path) -> None:
-    """Gemma 2's sliding window is longer than the cache of a short prompt: built without a word, refused at run time."""
+    """A RoPE of 24 of 32 numbers of a head: built without a word, refused at run time."""
     import torch
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+    from transformers import Phi3Config, Phi3ForCausalLM
 
     torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    model = Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=16, vocab_size=320, max_position_embeddings=128))
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    positions = {"max_position_embeddings": 128, "original_max_position_embeddings": 128}
+    model = Phi3ForCausalLM(
+        Phi3Config(**shape, **positions, num_key_value_heads=1, head_dim=32, partial_rotary_factor=0.75, vocab_size=320, pad_token_id=0)
+    )
     model.save_pretrained(tmp_path / "model")
     make_tokenizer(tmp_path / "model")
     error = refused(tmp_path / "model", tmp_path / "out", Unavailable, "cannot run it: .*GroupQueryAttention", precision="fp32")

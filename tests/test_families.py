@@ -29,8 +29,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_a_family_is_in_its_packages_what_it_is_in_pytorch(family: Family, tokenizer: Path, tmp_path: Path) -> None:
-    found = outcome_of(family, tmp_path / "work", tokenizer, merged=family.name == "Llama")
+def test_a_family_is_in_its_packages_what_it_is_in_pytorch(family: Family, tmp_path: Path) -> None:
+    found = outcome_of(family, tmp_path / "work", merged=family.name == "Llama")
     print(line(family, found))
     assert found.refusal is None, found.refusal
     wrong = {name: figures.stage for name, figures in found.figures.items() if not figures.passed}
@@ -90,6 +90,7 @@ def test_what_would_come_out_wrong_is_refused_by_name(name: str, tokenizer: Path
         assert caught.value.exit_code == 3
 
 
+@pytest.mark.slow
 def test_the_hint_is_true_of_gpt2_and_of_t5(tokenizer: Path, tmp_path: Path) -> None:
     """GPT-2 fine-tunes, merges and evaluates; with T5 nothing begins."""
     import torch

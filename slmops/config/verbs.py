@@ -118,10 +118,11 @@ class ExportSettings(Settings):
         if not isinstance(value, (str, list, tuple)):
             return value
         names = [name.strip() for name in (value.split(",") if isinstance(value, str) else map(str, value))]
-        unknown = [name for name in names if name not in get_args(Precision)]
-        if unknown or len(set(names)) < len(names):
-            problem = f"{unknown[0]!r} is none of {', '.join(get_args(Precision))}" if unknown else "one is named twice"
-            raise ValueError(problem)
+        if not set(names) <= set(get_args(Precision)):
+            *most, last = (repr(name) for name in get_args(Precision))
+            raise ValueError(f"must be {', '.join(most)} or {last}, or several of them with commas between")
+        if len(set(names)) < len(names):
+            raise ValueError(f"{value!r} names one twice")
         return ",".join(names)
 
 

@@ -17,9 +17,9 @@ from slmops.artifact import Draft
 from slmops.config import ExportSettings
 from slmops.data import Interface
 from slmops.data.tokenizer_files import copy_tokenizer
-from slmops.errors import RunFailed
+from slmops.errors import RunFailed, Unavailable
 from slmops.exporting.genai_graph import run_once, write_runtime_config
-from slmops.graph import checking, kernels
+from slmops.graph import checking, kernels, linears
 from slmops.graph.recipes import Recipe, recipe_for
 from slmops.graph.rewriting import FULL, MAIN
 from slmops.graph.shapes import Shape
@@ -76,7 +76,7 @@ def record_on_twin(draft: Draft, prompts: dict[str, list[list[int]]]) -> None:
 
 
 def _write_graphs(folder: Path, source: Path, interface: Interface, target: Target, recipe: Recipe) -> None:
-    from slmops.graph import building, linears, rewriting
+    from slmops.graph import building, rewriting
 
     with TemporaryDirectory(prefix="slmops-export-") as scratch:
         built = Path(scratch) / "float"
@@ -86,9 +86,11 @@ def _write_graphs(folder: Path, source: Path, interface: Interface, target: Targ
             precision=target.builder_precision,
             provider=target.builder_provider,
             context_tokens=interface.max_length_tokens,
-            options=building.float_options(source),
+            # Norms of queries and keys inside the attention are kernels of CUDA and WebGPU alone: no twin could compute them.
+            options=building.float_options(source) | {"fuse_qk_norm_gqa": "false"},
         )
         graph = linears.load_graph(built / rewriting.MAIN)
+        _refuse_unknown_layers(graph, source, target)
         if recipe.bits:
             rewriting.quantize_graph(
                 graph, recipe.scheme, accuracy_level=recipe.accuracy_level, quantized_embedding=recipe.quantized_embedding
@@ -97,11 +99,20 @@ def _write_graphs(folder: Path, source: Path, interface: Interface, target: Targ
         write_runtime_config(built / "genai_config.json", folder / "genai_config.json", interface)
 
 
-def _facts(folder: Path, source: Path, interface: Interface, target: Target, recipe: Recipe, level: str) -> dict[str, Any]:
-    from slmops.graph.linears import load_graph
+def _refuse_unknown_layers(graph: linears.Model, source: Path, target: Target) -> None:
+    """Refuse a graph whose layers are none of the model's: what became of its weights could not be proven."""
+    shapes = hugging_face.parameter_shapes(source)
+    unknown = [linear.name for linear in linears.linears(graph) if not linears.parts(linear.name, shapes)]
+    if unknown:
+        raise Unavailable(
+            f"the builder takes the model's layers apart for {target.provider} (its {unknown[0]} is none of the model's)",
+            "slmops could not prove such a package; use another provider (`slmops doctor`)",
+        )
 
+
+def _facts(folder: Path, source: Path, interface: Interface, target: Target, recipe: Recipe, level: str) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".onnx", ".data"))
-    placed = kernels.placement(load_graph(folder / MAIN))
+    placed = kernels.placement(linears.load_graph(folder / MAIN))
     return {
         "device": target.device,
         "provider": target.provider,

@@ -8,8 +8,8 @@ Sources of the tables, which hold the operators that decoders are made of, with 
 CUDA and DirectML: onnxruntime, docs/OperatorKernels.md at commit 001d12d2623f (2026), opsets 21 and 22.
 WebGPU: onnxruntime, core/providers/webgpu/webgpu_execution_provider.cc (003f772b21ab) and
 contrib_ops/webgpu/webgpu_contrib_kernels.cc (01671d9c4e01); its float types are float32 and float16.
-TensorRT-RTX: onnx-tensorrt, docs/operators.md of TensorRT 10.15, and the importers of `com.microsoft` in the parser that
-onnxruntime-ep-nv-tensorrt-rtx-cu13 0.5.0 brings (libtensorrt_onnxparser_rtx 1.7.1).
+TensorRT-RTX: onnx-tensorrt, docs/operators.md of TensorRT 10.15; the operators that are onnxruntime's own, by the importers of
+the parser that onnxruntime-ep-nv-tensorrt-rtx-cu13 0.5.0 brings (libtensorrt_onnxparser_rtx 1.7.1), whose types nobody lists.
 """
 
 from __future__ import annotations
@@ -84,10 +84,11 @@ _KERNELS = {
             "fhb": "Add Cast Ceil Clip Concat ConstantOfShape Cos CumSum Div Equal Erf Exp Expand Flatten Floor Gather GatherElements "
             "GatherND Gelu Gemm Greater GreaterOrEqual Identity LayerNormalization Less LessOrEqual Log LogSoftmax MatMul Max Min "
             "Mod Mul Neg Pow Range Reciprocal ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape RMSNormalization "
-            "RotaryEmbedding Round ScatterElements ScatterND Shape Sigmoid Sign Sin Slice Softmax Softplus Split Sqrt Squeeze Sub Sum "
+            "RotaryEmbedding Round ScatterElements ScatterND Shape Sigmoid Sign SimplifiedLayerNormalization Sin Slice Softmax Softplus "
+            "Split Sqrt Squeeze Sub Sum "
             "Tanh Tile TopK Transpose Trilu Unsqueeze Where"
         },
-        {"hb": "GroupQueryAttention MultiHeadAttention"},
+        {"fhb": "RotaryEmbedding SkipSimplifiedLayerNormalization", "hb": "GroupQueryAttention MatMulNBits MultiHeadAttention"},
     ),
 }
 # What slmops checks a graph for; of every other provider onnxruntime itself is asked (the CPU runs the graph).

@@ -114,42 +114,45 @@ def _quantize_blocks(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, 
     for shrink in _SHRINK_4_BIT if bits == 4 else ():
         best = _better(best, _round_and_fit(x, step * np.float32(shrink), zero, top))
     for offset in (-1.0, 1.0) if bits == 4 else ():
-        best = _better(best, _round_and_fit(x, best[1], np.clip(zero + offset, 0, top), top))
-    best = _better(best, _round_and_fit(x, best[1], best[2], top))
-    codes, scales, zeros, _ = best
-    return codes.astype(np.uint8), scales.astype(np.float32), zeros.astype(np.uint8)
+        best = _better(best, _round_and_fit(x, best[2], np.clip(zero + offset, 0, top), top))
+    step, zero, scale, _ = _better(best, _round_and_fit(x, best[2], best[1], top))
+    codes = _rounded(x, step, zero, top)
+    codes += zero[:, None]
+    return codes.astype(np.uint8), scale.astype(np.float32), zero.astype(np.uint8)
 
 
 _Fit = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Of each block: the step that codes are rounded with, the zero point, the scale fitted to the codes, and what that takes off the squared error."""
 
 
 def _round_and_fit(x: np.ndarray, step: np.ndarray, zero: np.ndarray, top: float) -> _Fit:
     """Round to the grid, then fit the scale to the codes by least squares.
 
     With d = code - zero the best scale is <d, x> / <d, d>, and it takes <d, x>^2 / <d, d> off the squared error: so
-    candidates are compared by that, and no residual is ever formed.
-
-    Returns:
-        codes (blocks, block_size), scales, zeros and what is taken off the squared error, (blocks,) each.
+    candidates are compared by that, no residual is ever formed, and codes are kept of none: the winner's are rounded again.
     """
-    distance = x / step[:, None]
-    np.rint(distance, out=distance)
-    np.clip(distance, -zero[:, None], (top - zero)[:, None], out=distance)
+    distance = _rounded(x, step, zero, top)
     energy = np.einsum("ij,ij->i", distance, distance)
     product = np.einsum("ij,ij->i", distance, x)
     usable = (energy > 0) & (product > 0)
     energy = np.where(usable, energy, 1)
     scale = np.where(usable, product / energy, step).astype(np.float32)
-    return distance + zero[:, None], scale, zero, np.where(usable, product * product / energy, 0)
+    return step, zero, scale, np.where(usable, product * product / energy, 0)
+
+
+def _rounded(x: np.ndarray, step: np.ndarray, zero: np.ndarray, top: float) -> np.ndarray:
+    """Return code - zero of each weight, (blocks, block_size) float32."""
+    distance = x / step[:, None]
+    np.rint(distance, out=distance)
+    np.maximum(distance, -zero[:, None], out=distance)
+    return np.minimum(distance, (top - zero)[:, None], out=distance)
 
 
 def _better(best: _Fit, other: _Fit) -> _Fit:
     """Return, block by block, the fit of the smaller error."""
     wins = other[3] > best[3]
-    if not wins.any():
-        return best
-    codes, *rest = (np.where(wins[:, None] if new.ndim == 2 else wins, new, old) for old, new in zip(best, other, strict=True))
-    return codes, rest[0], rest[1], rest[2]
+    step, zero, scale, gain = (np.where(wins, new, old) for old, new in zip(best, other, strict=True))
+    return step, zero, scale, gain
 
 
 def _nibbles(values: np.ndarray) -> np.ndarray:
