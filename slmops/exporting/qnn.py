@@ -181,7 +181,9 @@ def _facts(folder: Path, target: Target, interface: Interface, soc: Soc, recipe:
 
     for name in _NAMES:
         if compiled_for(folder / name) != (soc.soc_model, soc.htp_arch):
-            raise RunFailed(f"the QNN compiler made {name} for another chip than {soc.name}", "report this with your version of onnxruntime-qnn")
+            raise RunFailed(
+                f"the QNN compiler made {name} for another chip than {soc.name}", "report this with your version of onnxruntime-qnn"
+            )
     return {
         "device": target.device,
         "provider": target.provider,

@@ -78,7 +78,7 @@ class _Static:
         self.positions, self.written, self.kept = self._positions()
 
     def norm(self, node: Node) -> None:
-        """Write a sum and a norm in place of an operator of both: y = norm(x + skip), and x + skip goes on beside it."""
+        """Write a sum and a norm in place of an operator of both; the sum goes on beside the norm."""
         self.place = node
         x, skip, *weights = node.inputs
         plain = node.op_type == "SkipSimplifiedLayerNormalization"
@@ -109,7 +109,9 @@ class _Static:
             cache.append(full)
         # Queries that share keys stand in one matrix: (1, kv heads, heads a key * tokens, size), and no key is repeated.
         group = heads // kv_heads * self.tokens
-        query = self._reshape(self._op("Mul", [query, self._number(scale)], f"{stem}/scaled"), (1, kv_heads, group, size), f"{stem}/grouped")
+        query = self._reshape(
+            self._op("Mul", [query, self._number(scale)], f"{stem}/scaled"), (1, kv_heads, group, size), f"{stem}/grouped"
+        )
         turned = self._op("Transpose", [cache[0]], f"{stem}/turned", {"perm": [0, 1, 3, 2]})
         scores = self._op("MatMul", [query, turned], f"{stem}/scores")
         scores = self._reshape(scores, (1, heads, self.tokens, self.capacity), f"{stem}/scores_by_head")
@@ -254,7 +256,9 @@ class _Static:
     def _op(self, kind: str, inputs: Sequence[Value | None], name: str, attributes: dict[str, Any] | None = None) -> Value:
         return self._ops(kind, inputs, name, 1, attributes)[0]
 
-    def _ops(self, kind: str, inputs: Sequence[Value | None], name: str, outputs: int, attributes: dict[str, Any] | None = None) -> list[Value]:
+    def _ops(
+        self, kind: str, inputs: Sequence[Value | None], name: str, outputs: int, attributes: dict[str, Any] | None = None
+    ) -> list[Value]:
         node = self.ir.node(kind, list(inputs), attributes=attributes, name=name, num_outputs=outputs)
         for index, value in enumerate(node.outputs):
             value.name = name if outputs == 1 else f"{name}/{index}"

@@ -96,7 +96,9 @@ def _opened(ort: Any, path: Path, options: Any, threads: int) -> Any:
     except Exception as error:  # the binding's own classes derive from Exception alone
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        raise BadArtifact(f"onnxruntime cannot load {path}: {_first_line(error)}", "export the model again, or copy the folder again") from error
+        raise BadArtifact(
+            f"onnxruntime cannot load {path}: {_first_line(error)}", "export the model again, or copy the folder again"
+        ) from error
 
 
 def compile_graphs(graphs: Mapping[Path, Path], soc: Soc, *, weights_once: bool) -> None:
@@ -119,7 +121,12 @@ def compile_graphs(graphs: Mapping[Path, Path], soc: Soc, *, weights_once: bool)
             if number == len(graphs):
                 options.add_session_config_entry("ep.stop_share_ep_contexts", "1")
         try:
-            ort.ModelCompiler(options, str(plain), embed_compiled_data_into_model=False, graph_optimization_level=ort.GraphOptimizationLevel.ORT_ENABLE_BASIC).compile_to_file(str(compiled))
+            ort.ModelCompiler(
+                options,
+                str(plain),
+                embed_compiled_data_into_model=False,
+                graph_optimization_level=ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+            ).compile_to_file(str(compiled))
         except Exception as error:  # the binding's own classes derive from Exception alone
             raise Unavailable(
                 f"the QNN compiler does not take {plain.name} for {soc.name}: {_first_line(error)}",

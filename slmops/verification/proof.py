@@ -14,8 +14,8 @@ from slmops.config import VerifySettings, flat, load
 from slmops.errors import BadArtifact, InvalidInput
 from slmops.runtime import loading
 from slmops.runtime.engines import ENGINES
-from slmops.runtime.static_runner import StaticRunner
 from slmops.runtime.package import adapter_facts
+from slmops.runtime.static_runner import StaticRunner
 from slmops.verification import behaviour, surface, weights
 from slmops.verification.adapters import check_adapters
 from slmops.verification.bars import bars_for
