@@ -82,6 +82,7 @@ def child(options: dict[str, str], out: Path, at: int, writing: int, resume: boo
             max_rows=int(options["rows"]),
             epochs=float(options["epochs"]),
             evaluations=5,
+            checkpoints=5,
             lora_dropout=0.1,
             stop_token=options["stop_token"] or None,
         )

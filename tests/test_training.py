@@ -218,8 +218,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def finetune(base: Path, rows: Path, out: Path, **overrides: Any) -> artifact.Artifact:
-    settings = {**TEMPLATES, "validation": rows, "learning_rate": 3e-3, "batch_size": 4, "max_steps": 6, "lora_rank": 4}
-    return slmops.finetune(base, rows, out=out, **(settings | overrides))
+    settings: dict[str, Any] = {**TEMPLATES, "validation": rows, "learning_rate": 3e-3, "batch_size": 4, "max_steps": 6, "lora_rank": 4}
+    settings |= overrides
+    if settings["max_steps"] >= 8 and not settings.keys() & {
+        "checkpoint_steps",
+        "engine",
+    }:  # asked for, for these runs are over in a second
+        settings.setdefault("checkpoints", settings.get("evaluations", 4))
+    return slmops.finetune(base, rows, out=out, **settings)
 
 
 def adapter_bytes(folder: Path) -> bytes:

@@ -57,8 +57,14 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def finetune(base: Path, rows: Path, out: Path, **overrides: Any) -> artifact.Artifact:
-    settings = {**TEMPLATES, "validation": rows, "learning_rate": 3e-3, "batch_size": 4, "max_steps": 12, "lora_rank": 4}
-    return slmops.finetune(base, rows, out=out, **(settings | overrides))
+    settings: dict[str, Any] = {**TEMPLATES, "validation": rows, "learning_rate": 3e-3, "batch_size": 4, "max_steps": 12, "lora_rank": 4}
+    settings |= overrides
+    if settings["max_steps"] >= 8 and not settings.keys() & {
+        "checkpoint_steps",
+        "engine",
+    }:  # asked for, for these runs are over in a second
+        settings.setdefault("checkpoints", settings.get("evaluations", 4))
+    return slmops.finetune(base, rows, out=out, **settings)
 
 
 def adapter_bytes(folder: Path) -> bytes:
@@ -172,6 +178,29 @@ def test_a_resume_may_ask_for_other_checkpoints_and_for_nothing_else(base: Path,
 )
 def test_how_often_checkpoints_are_written(settings: dict[str, Any], steps: int, expected: int | None) -> None:
     assert checkpoints.interval(load(FinetuneSettings, None, **settings).run, steps) == expected
+
+
+def test_checkpoints_that_nobody_asked_for_are_written_seldom(tmp_path: Path) -> None:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from slmops.training.watching import Seldom
+
+    asked, seldom = (load(FinetuneSettings, None, **settings).run for settings in ({"checkpoints": 4}, {}))
+    assert (checkpoints.seconds_apart(asked), checkpoints.seconds_apart(seldom)) == (0.0, 30.0)
+    state, control = TrainerState(), TrainerControl()
+    for seconds, written in ((30.0, False), (0.0, True)):
+        watch = Seldom(seconds)
+        control.should_save = True
+        watch.on_step_end(TrainingArguments(tmp_path), state, control)
+        assert control.should_save == written
+    watch = Seldom(30.0)
+    watch.last -= 31
+    control.should_save = True
+    watch.on_step_end(TrainingArguments(tmp_path), state, control)
+    assert control.should_save
+    watch.on_save(TrainingArguments(tmp_path), state, control)
+    watch.on_step_end(TrainingArguments(tmp_path), state, control)
+    assert not control.should_save
 
 
 @pytest.mark.parametrize(

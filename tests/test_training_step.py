@@ -308,3 +308,19 @@ def test_peft_saves_what_was_trained() -> None:
     expected, _ = plain(adapted(base_of("Llama")), rows)
     with torch.no_grad():
         assert float(step.layout.summed_loss(model, step.layout.collate(rows))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_cross_entropy_is_the_librarys_where_probabilities_vanish_too() -> None:
+    from slmops.training.step.head import CrossEntropy
+
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(7, 50, generator=generator)
+    logits[2, 3], logits[4, 0], logits[5, 9] = 300.0, -500.0, 90.0  # far beyond what fp32 probabilities can hold
+    targets = torch.tensor([1, 49, 5, IGNORED, 0, 9, 0])
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    found = CrossEntropy.apply(ours, targets)
+    expected = torch.nn.functional.cross_entropy(theirs, targets, reduction="sum")
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    gradients = [torch.autograd.grad(3 * loss, x)[0] for loss, x in ((found, ours), (expected, theirs))]
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-5
+    assert not gradients[0][3].any()

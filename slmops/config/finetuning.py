@@ -148,6 +148,9 @@ class RunSettings(Settings):
     precision: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "arithmetic of the frozen base (auto: bf16 where the processor or GPU multiplies it, but fp32 for --quantized-base)"
     )
+    activation_checkpoints: Literal["auto", "on", "off"] = setting(
+        "auto", "compute activations twice in place of holding them: a third more time for less memory (auto: where it fits only so)"
+    )
     threads: int | None = setting(None, "threads (default: one for a tiny model, else all cores)", ge=1)
     seed: int = setting(0, "seed of everything random: two runs on one machine give the same adapter", ge=0)
     evaluations: int = setting(4, "how often in the run validation is measured and the best adapter kept", ge=1)
@@ -155,7 +158,9 @@ class RunSettings(Settings):
         None, "end the run after so many evaluations in a row without a lower validation loss (default: never)", ge=1
     )
     checkpoints: int | None = setting(
-        None, "how often in the run all that --resume needs is written (default: as often as validation is measured)", ge=0
+        None,
+        "how often in the run all that --resume needs is written (default: as often as validation is measured, at least 30 s apart)",
+        ge=0,
     )
     checkpoint_steps: int | None = setting(None, "write it every so many optimizer steps instead", ge=1)
     resume: bool = setting(False, "go on from the last checkpoint of a run that was stopped")

@@ -28,6 +28,7 @@ _RUN = "run.json"
 _FREE = ("resume", "force", "checkpoints", "checkpoint_steps", "report_to")
 # A shorter run is over sooner than its checkpoint would be of use.
 _FEWEST_STEPS = 8
+_SECONDS_APART = 30.0
 
 
 def interval(settings: RunSettings, steps: int) -> int | None:
@@ -48,6 +49,15 @@ def interval(settings: RunSettings, steps: int) -> int | None:
     if count is None:
         count = settings.evaluations if steps >= _FEWEST_STEPS else 0
     return math.ceil(steps / count) if count else None
+
+
+def seconds_apart(settings: RunSettings) -> float:
+    """Return how far apart checkpoints are at least: where nobody said how many, little is lost by fewer.
+
+    Processes that train together write theirs together, and their clocks differ: none is left out there.
+    """
+    said = settings.checkpoints is not None or settings.checkpoint_steps is not None or settings.processes > 1
+    return 0.0 if said else _SECONDS_APART
 
 
 def prepare(partial: Path, identity: dict[str, Any], *, resume: bool) -> None:

@@ -103,7 +103,11 @@ def check_run(settings: FinetuneSettings) -> None:
     alone = settings.objective.objective in ("multitask", "dpo", "reward") or settings.objective.loss is not None
     if run.processes > 1 and alone:
         raise InvalidInput("objectives multitask, dpo and reward and a loss of your own train in one process", "leave --processes out")
-    lacking = [name for name, value in (*given.items(), ("processes", run.processes > 1)) if value]
+    own_step = settings.objective.objective in ("sft", "pretrain", "multitask") and settings.objective.loss is None
+    if run.activation_checkpoints == "on" and not own_step:
+        raise InvalidInput("activation_checkpoints: objectives dpo and reward and a loss of your own hold activations", "leave it out")
+    checks = (("processes", run.processes > 1), ("activation_checkpoints", run.activation_checkpoints == "on"))
+    lacking = [name for name, value in (*given.items(), *checks) if value]
     if engine == "olive" and lacking:
         raise InvalidInput(f"engine olive: Olive's pass has no {', '.join(lacking)}", "leave it out, or use --engine peft")
 
@@ -182,6 +186,7 @@ def finish(draft: Draft, base: Path, data: str | Path | None, material: Material
         "steps": trained.steps,
         "loop_seconds": round(trained.loop_seconds, 3),
         "peak_memory_bytes": trained.peak_memory_bytes,
+        **({"estimate": trained.estimate} if trained.estimate is not None else {}),
         "trainable_parameters": trained.trainable_parameters,
         "stop_reason": material.interface.stop_reason,
         "roads": material.course.facts.get("roads") or methods.find_roads(draft.folder, base, settings.method),

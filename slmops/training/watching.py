@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,3 +60,28 @@ class Patience(TrainerCallback):
         if self.evaluations is not None and since >= self.evaluations and state.global_step < state.max_steps:
             progress.say(f"ended at step {state.global_step}: {since} evaluations without a lower validation loss")
             control.should_training_stop = True
+
+
+class Seldom(TrainerCallback):
+    """Leaves out checkpoints that nobody asked for while little would be lost without them.
+
+    Args:
+        seconds: since the beginning or the last checkpoint, before which none is written.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.last = time.monotonic()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count from here."""
+        self.last = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take back what the Trainer has decided just before."""
+        if control.should_save and time.monotonic() - self.last < self.seconds:
+            control.should_save = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count from here."""
+        self.last = time.monotonic()

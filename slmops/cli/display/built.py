@@ -30,7 +30,7 @@ def finetuned(page: Page, document: Mapping[str, Any]) -> None:
             ("pairs right", _metric(document, "pairwise_accuracy") if document.get("objective") == "reward" else ""),
             ("time", _joined(f"{duration(seconds)} in the loop{speed}" if seconds else "", f"{duration(document.get('seconds'))} in all")),
             ("ended early", _early(document.get("ended_early"))),
-            ("peak memory", size(document.get("peak_memory_bytes"))),
+            ("peak memory", _joined(size(document.get("peak_memory_bytes")), _foretold(document))),
             ("processor", _cores(document)),
             ("stop token", document.get("stop_reason")),
             ("loss curve", _existing(out, "loss.png")),
@@ -41,6 +41,11 @@ def finetuned(page: Page, document: Mapping[str, Any]) -> None:
     page.warnings(document)
     if out:
         page.next(*_after_training(out, document))
+
+
+def _foretold(document: Mapping[str, Any]) -> str:
+    said = document.get("estimate")
+    return f"foretold {size(said['memory_bytes'])} and {duration(said['seconds'])}" if said else ""
 
 
 def _early(ended: Any) -> str:

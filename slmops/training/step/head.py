@@ -15,6 +15,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from slmops.training.batches import IGNORED
+
+_SMALLEST = 1e-30  # below it fp32 probabilities lose digits, and then are 0
 CHUNK_LOGITS = 2**24
 """Logits held at once (64 MB in fp32); a chunk is at least 64 positions."""
 
@@ -76,7 +79,34 @@ def summed_cross_entropy(head: Head, hidden: torch.Tensor, targets: torch.Tensor
 
 
 def _of(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    return CrossEntropy.apply(head(hidden), targets)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Sum over positions of -log softmax(logits)[target], of logits (positions, vocabulary), in fp32; targets of -100 do not count.
+
+    The library's writes the logits' size three times forward and three times back, this one each time once: the gradient,
+    softmax(logits) less 1 at the target, is made where the probabilities lie. So it can be gone through backwards only once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        probabilities = logits.float().softmax(-1)
+        counted, wanted = targets != IGNORED, targets.clamp(min=0)
+        likely = probabilities.gather(1, wanted[:, None])[:, 0]
+        losses = -likely.log()
+        rare = likely < _SMALLEST
+        if rare.any():
+            losses[rare] = functional.cross_entropy(logits[rare].float(), wanted[rare], reduction="none")
+        ctx.save_for_backward(probabilities, wanted, counted)
+        ctx.dtype = logits.dtype
+        return losses[counted].sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        probabilities, wanted, counted = ctx.saved_tensors
+        probabilities[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
+        return probabilities.mul_((counted * gradients[0])[:, None]).to(ctx.dtype), None
 
 
 class _Chunked(torch.autograd.Function):

@@ -1,8 +1,9 @@
 """What is computed where a frozen linear layer has a LoRA pair? Nothing that the pair does not need.
 
 y = x W' + b + s (x A') B', with W (outputs, inputs) frozen, A (rank, inputs), B (outputs, rank) and the scale s (LoRA,
-arXiv 2106.09685). PEFT computes it in seven operators whose gradients autograd finds one by one. By hand, with s in A, it
-is three products forward, h = x A' among them, and five backward: dB = dy' h, dh = dy B, dA = dh' x, dx = dy W + dh A.
+arXiv 2106.09685). PEFT computes it in seven operators whose gradients autograd finds one by one. By hand it is three
+products forward, h = x A' among them, and five backward: dB = s dy' h, dh = s dy B, dA = dh' x, dx = dy W + dh A; the scale
+is a factor of products that are there anyway.
 Layers that read the same x (queries, keys and values; gate and up) are one product on their stacked weights.
 
 The products are in the frozen weights' precision, fp32 or bf16; A, B and the sum of their gradients are in fp32.
@@ -20,15 +21,13 @@ from slmops.training.step.pairs import Adapted
 
 
 def forward(layer: Adapted, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return y (tokens, outputs) and h = s x A' (tokens, ranks) of x (tokens, inputs)."""
+    """Return y (tokens, outputs) and h = x A' (tokens, ranks) of x (tokens, inputs)."""
     y = functional.linear(x, layer.weight, layer.bias)
     if layer.down_turned is None:
         return y, None
     h = x.mm(layer.down_turned)
-    if len(layer.widths) == 1:
-        return y.addmm_(h, layer.pairs[0].up_turned), h
-    for pair in layer.pairs:
-        y[:, pair.outputs].addmm_(h[:, pair.ranks], pair.up_turned)
+    for block in layer.blocks:
+        y[:, block.outputs].addmm_(h[:, block.ranks], block.up_turned, alpha=block.scale)
     return y, h
 
 
@@ -37,16 +36,11 @@ def backward(layer: Adapted, x: torch.Tensor, h: torch.Tensor | None, dy: torch.
     dx = dy @ layer.weight if needs_x else None
     if h is None or layer.down is None or layer.down_gradient is None:
         return dx
-    if len(layer.widths) == 1:
-        pair = layer.pairs[0]
-        pair.up_gradient.addmm_(dy.t(), h)
-        dh = dy @ pair.up
-    else:
-        dh = torch.empty_like(h)
-        for pair in layer.pairs:
-            part = dy[:, pair.outputs]
-            pair.up_gradient.addmm_(part.t(), h[:, pair.ranks])
-            torch.mm(part, pair.up, out=dh[:, pair.ranks])
+    for pair in layer.pairs:
+        pair.up_gradient.addmm_(dy[:, pair.outputs].t(), h[:, pair.ranks], alpha=pair.scale)
+    dh = torch.empty_like(h)
+    for block in layer.blocks:
+        dh[:, block.ranks].addmm_(dy[:, block.outputs], block.up, beta=0, alpha=block.scale)
     layer.down_gradient.addmm_(dh.t(), x)
     return dx.addmm_(dh, layer.down) if dx is not None else None
 

@@ -2,8 +2,8 @@
 
 A small model's step is bound by the number of operators, not by their work: 84 pairs cost 84 casts, 84 gradient norms,
 84 accumulations. Here A and B of every layer are slices of one flat parameter: one product makes all pairs ready for the
-products, in their precision and with their scale, and one makes the gradient of all. PEFT's own parameters become views
-of it, so that PEFT saves and loads them as ever.
+products, in their precision, and one hands on the gradient of all. PEFT's own parameters become views of it, so that
+PEFT saves and loads them as ever.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
+
+# One product with zeros in it is faster than several small ones up to this size of B: 86 us in place of 108 for q, k and v of a layer
+# 576 wide, 39 in place of 86 if 192 wide, but 167 in place of 141 for a gate and up of 3,072 outputs.
+_LARGEST_BLOCK = 2**16
 
 
 @dataclass
@@ -32,11 +36,19 @@ class Pair:
     scale: float
     outputs: slice
     ranks: slice = field(default_factory=lambda: slice(0))
-    up: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """B, in the precision of the products."""
-    up_turned: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """Its transpose: making a view anew at each step costs as much as a small product."""
     up_gradient: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass
+class Block:
+    """B, in the precision of the products: of a pair, or of all pairs of stacked layers, each in its place and zeros elsewhere."""
+
+    outputs: slice
+    ranks: slice
+    scale: float
+    up: torch.Tensor
+    """(outputs, rank)."""
+    up_turned: torch.Tensor
 
 
 @dataclass
@@ -55,9 +67,12 @@ class Adapted:
     widths: tuple[int, ...]
     pairs: list[Pair]
     down: torch.Tensor | None = None
-    """s A of all pairs, stacked, (ranks, inputs), in the precision of the products; None without pairs."""
+    """A of all pairs, stacked, (ranks, inputs), in the precision of the products; None without pairs."""
     down_turned: torch.Tensor | None = None
+    """Its transpose: making a view anew at each step costs as much as a small product."""
     down_gradient: torch.Tensor | None = None
+    blocks: list[Block] = field(default_factory=list)
+    """B of all pairs: one for the layer, or one for each pair."""
     store: PairStore | None = None
 
 
@@ -72,14 +87,13 @@ class PairStore:
         held = [layer for layer in layers if layer.pairs]
         self.members = [x for layer in held for x in (*(p.a for p in layer.pairs), *(p.b for p in layer.pairs))]
         dtype = held[0].weight.dtype
-        scales = [s for layer in held for s in (*(p.scale for p in layer.pairs), *(1.0 for _ in layer.pairs))]
         self.parameter = nn.Parameter(torch.cat([x.detach().flatten().float() for x in self.members]))
-        sizes = torch.tensor([x.numel() for x in self.members])
-        self.scale = torch.repeat_interleave(torch.tensor(scales), sizes).to(self.parameter.device)
         self.ready = torch.zeros_like(self.parameter, dtype=dtype).detach()
         self.gradient = torch.zeros_like(self.ready)
         self.tick: torch.Tensor | None = None
         self.nothing = torch.zeros((), device=self.parameter.device)
+        self.copied: list[tuple[torch.Tensor, torch.Tensor, float]] = []
+        """Where B of a pair stands among those of others, where it comes from, and a scale that is not the block's."""
         self._bind(held)
 
     def _bind(self, layers: Sequence[Adapted]) -> None:
@@ -98,24 +112,40 @@ class PairStore:
                 pair.ranks = slice(row, row + pair.a.shape[0])
                 row += pair.a.shape[0]
                 at += pair.a.numel()
+            ready: list[torch.Tensor] = []
             for pair in layer.pairs:
                 pair.b.data = self.parameter.data[at : at + pair.b.numel()].view(pair.b.shape)
-                pair.up = self.ready[at : at + pair.b.numel()].view(pair.b.shape)
-                pair.up_turned = pair.up.t()
+                ready.append(self.ready[at : at + pair.b.numel()].view(pair.b.shape))
                 pair.up_gradient = self.gradient[at : at + pair.b.numel()].view(pair.b.shape)
                 at += pair.b.numel()
                 pair.a.requires_grad_(False)
                 pair.b.requires_grad_(False)
+            self._stack(layer, ready)
+
+    def _stack(self, layer: Adapted, ready: list[torch.Tensor]) -> None:
+        """Make the blocks of a layer from B of its pairs, (outputs, rank) each."""
+        outputs, ranks = layer.weight.shape[0], sum(b.shape[1] for b in ready)
+        if len(ready) == 1 or outputs * ranks > _LARGEST_BLOCK:
+            layer.blocks = [Block(p.outputs, p.ranks, p.scale, b, b.t()) for p, b in zip(layer.pairs, ready, strict=True)]
+            return
+        scale, whole = layer.pairs[0].scale, self.ready.new_zeros(outputs, ranks)
+        for pair, b in zip(layer.pairs, ready, strict=True):
+            self.copied.append((whole[pair.outputs, pair.ranks], b, pair.scale / scale))
+        layer.blocks = [Block(slice(outputs), slice(ranks), scale, whole, whole.t())]
 
     def begin(self) -> None:
         """Make the pairs ready for one pass through the model."""
         with torch.no_grad():
-            torch.mul(self.parameter, self.scale, out=self.ready)
+            self.ready.copy_(self.parameter)
+            for place, b, scale in self.copied:
+                place.copy_(b)
+                if scale != 1.0:
+                    place.mul_(scale)
         self.tick = _Tick.apply(self.parameter, self) if torch.is_grad_enabled() else None
 
     def take_gradient(self) -> torch.Tensor:
         """Return what the pass back has gathered, and empty it."""
-        found = self.gradient * self.scale
+        found = self.gradient.to(self.parameter.dtype, copy=True)
         self.gradient.zero_()
         return found
 

@@ -23,8 +23,9 @@ from slmops.training.step.rows import KEY
 # of another row that is seen 0.3 and more.
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 _ROWS, _TOKENS = 3, 64
-# oneDNN, which multiplies in bf16, makes a kernel for each new shape: up to 2.6 ms each, of some 25 products. In fp32 MKL needs none.
-_MULTIPLE = 32
+# oneDNN, which multiplies in bf16, makes a kernel for each new shape of some 25 products, and keeps it: 2.6 ms and 0.8 MB each. So the
+# numbers of tokens are rounded up, further where a token costs little. In fp32 MKL makes none.
+_MULTIPLE, _MULTIPLE_OF_SMALL, _SMALL_PARAMETERS = 32, 64, 30_000_000
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ def _try_joined(
     own = causal.config._attn_implementation
     hook = _widen(causal)
     causal.config._attn_implementation = KEY
-    multiple = _MULTIPLE if causal.get_input_embeddings().weight.dtype != torch.float32 and causal.device.type == "cpu" else 1
-    layout = Joined(causal, multiple, patched.focus)
+    bf16_on_cpu = causal.device.type == "cpu" and causal.get_input_embeddings().weight.dtype != torch.float32
+    layout = Joined(causal, fill_to(sum(p.numel() for p in causal.parameters()), bf16_on_cpu=bf16_on_cpu), patched.focus)
     try:
         patching.fuse_attention(patched)
         distance = _distance(layout, causal, trial, expected)
@@ -106,6 +107,13 @@ def _try_joined(
     if hook is not None:
         hook.remove()
     return reason, padded
+
+
+def fill_to(parameters: int, *, bf16_on_cpu: bool) -> int:
+    """Return what the number of a batch's tokens is rounded up to one of, for a model of so many parameters."""
+    if not bf16_on_cpu:
+        return 1
+    return _MULTIPLE_OF_SMALL if parameters < _SMALL_PARAMETERS else _MULTIPLE
 
 
 def _widen(causal: Any) -> Any:
