@@ -24,7 +24,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors", "progress", "probe"),
     ("environment",),
-    ("config", "artifact", "targets", "results", "bandwidth"),
+    ("config", "artifact", "targets", "socs", "results", "bandwidth"),
     ("data", "graph", "lineage"),
     ("runtime", "olive_backend"),  # `generate` puts a prompt into its template
     ("evaluation", "diagnosis"),

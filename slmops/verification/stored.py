@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,8 +63,9 @@ class Stored(Protocol):
 def stored_of(folder: Path) -> Stored:
     """Return what a folder stores."""
     engine = engine_of(folder)
-    kinds: dict[str, Callable[[Path], Stored]] = {"openvino": StoredIr, "qnn": StoredStatic}
-    return kinds.get(engine.name if engine is not None else "", StoredGraph)(folder)
+    if engine is not None and engine.name == "openvino":
+        return StoredIr(folder)
+    return StoredStatic(folder) if engine is not None and engine.name == "qnn" else StoredGraph(folder)
 
 
 class StoredGraph:
