@@ -79,7 +79,7 @@ def test_the_manifest_says_what_was_made(road: Path) -> None:
 
 def test_what_the_ir_multiplies_with_is_near_the_model(road: Path) -> None:
     """Every code within a step (a row's ends lie outside its grid where its zero point is rounded), on average a quarter of one."""
-    from slmops.runtime.stored_weights import StoredWeights
+    from slmops.graph.stored_weights import StoredWeights
 
     truth = StoredWeights(road / "merged")
     content = ir.read_ir(road / "int4" / ir.MODEL)
