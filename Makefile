@@ -6,7 +6,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A process a core, up to four, each with one thread: nearly twice as fast as one process whose threads wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: install quickstart test test-fast test-slow lint types format docs clean
+# Exports for OpenVINO need libraries that training cannot live with: an environment of their own.
+OPENVINO := .venv-openvino
+
+.PHONY: install quickstart test test-fast test-slow openvino lint types format docs clean
 
 install: $(VENV)/installed
 
@@ -30,6 +33,17 @@ test-fast: $(VENV)/installed-dev
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow
 
+# The tests that need OpenVINO, in its environment.
+openvino: $(OPENVINO)/installed
+	OMP_NUM_THREADS=1 $(OPENVINO)/bin/python -m pytest -n logical --maxprocesses 2 --dist loadfile tests/test_openvino.py
+
+# optimum-intel asks for torchvision and does not need it here; one that is built for another torch breaks transformers' models.
+$(OPENVINO)/installed: pyproject.toml constraints-openvino.txt
+	@test -x $(OPENVINO)/bin/python || $(PYTHON) -m venv $(OPENVINO)
+	$(OPENVINO)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-openvino.txt -e '.[openvino]' pytest pytest-timeout pytest-xdist
+	$(OPENVINO)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision
+	@touch $@
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check slmops tests benchmarks deploy adapters
 	$(BIN)/ruff check slmops tests benchmarks deploy adapters
@@ -47,4 +61,4 @@ docs: $(VENV)/installed-dev
 	$(BIN)/python -m slmops.demo.recipes adapters
 
 clean:
-	rm -rf $(VENV) slmops-quickstart
+	rm -rf $(VENV) $(OPENVINO) slmops-quickstart

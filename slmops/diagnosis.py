@@ -92,7 +92,8 @@ def doctor() -> Diagnosis:
         torch, probed = pool.submit(probe.ask, "torch"), pool.submit(_providers)
         providers = probed.result()
         torch_facts = torch.result() if environment.version_of("torch") else None
-    packages = tuple(_package(name, tested) for name, tested in environment.TESTED.items())
+        devices = tuple(probe.ask("openvino").get("devices", ())) if environment.version_of("openvino") else ()
+    packages = tuple(_package(name, tested) for name, tested in environment.tested().items())
     free = shutil.disk_usage(Path.cwd()).free
     available = environment.memory_bytes()[1]
     telemetry = {name: os.environ.get(name) == value for name, value in environment.NO_TELEMETRY.items()}
@@ -111,7 +112,7 @@ def doctor() -> Diagnosis:
         packages=packages,
         providers=providers,
         torch=torch_facts,
-        targets=tuple(_ability(target, providers) for target in targets.TARGETS),
+        targets=tuple(_ability(target, providers, devices) for target in targets.TARGETS),
         telemetry=telemetry,
         problems=problems,
         seconds=round(time.perf_counter() - started, 3),
@@ -145,6 +146,8 @@ def _version_problems(packages: tuple[Package, ...]) -> list[Problem]:
     if absent := [name for name in _TO_RUN if status[name] == "missing"]:
         problems.append(Problem(f"packages cannot be run here: {', '.join(absent)} missing", "pip install 'slmops[runtime]'", "error"))
     absent = [name for name in _TO_BUILD if status[name] == "missing"]
+    if environment.builds_openvino() and "datasets" in absent:  # right so: it cannot live beside optimum-intel
+        absent.remove("datasets")
     if absent and len(absent) < len(_TO_BUILD):  # none at all is a device, and right so
         problems.append(Problem(f"training and export lack {', '.join(absent)}", "pip install 'slmops[train]'"))
     if other := [package for package in packages if package.status == "other"]:
@@ -218,8 +221,17 @@ def _machine_problems(available: int, free: int, telemetry: dict[str, bool]) -> 
     return problems
 
 
-def _ability(target: targets.Target, providers: tuple[Provider, ...]) -> dict[str, Any]:
-    """Return what this machine can do with a target: build it, run it."""
+def _ability(target: targets.Target, providers: tuple[Provider, ...], openvino: tuple[str, ...]) -> dict[str, Any]:
+    """Return what this machine can do with a target: build it, run it.
+
+    Args:
+        target: of the table.
+        providers: of onnxruntime.
+        openvino: the devices that OpenVINO finds.
+    """
+    if target.road == "openvino":
+        executes = target.device.upper() in openvino and environment.version_of(target.runtime_package) is not None
+        return {**target.document(), "builds_here": not environment.missing_for_openvino(), "executes_here": executes}
     built = all(_any_flavour(name) for name in (*_TO_BUILD, "onnxruntime-genai"))
     working = any(provider.works and provider.name == target.ort_provider for provider in providers)
     executes = working and environment.version_of(target.runtime_package) is not None

@@ -37,6 +37,16 @@ TESTED = {
     "trl": "1.16.0",
 }
 
+# What an environment of the extra `openvino` has in their place (constraints-openvino.txt pins the same; a test holds them equal).
+TESTED_WITH_OPENVINO = {
+    "nncf": "3.4.0",
+    "openvino": "2026.4.1",
+    "openvino-genai": "2026.4.1.0",
+    "optimum-intel": "2.2.0",
+    "tokenizers": "0.22.2",
+    "transformers": "5.5.4",
+}
+
 # Import name -> (distribution, extra of slmops that brings it).
 PROVIDED_BY = {
     "accelerate": ("accelerate", "train"),
@@ -50,8 +60,14 @@ PROVIDED_BY = {
     "onnx": ("onnx", "train"),
     "onnx_ir": ("onnx-ir", "train"),
     "onnxruntime": ("onnxruntime", "runtime"),
+    "nncf": ("nncf", "openvino"),
     "onnxruntime_ep_webgpu": ("onnxruntime-ep-webgpu", "webgpu"),
     "onnxruntime_genai": ("onnxruntime-genai", "runtime"),
+    "onnxruntime_qnn": ("onnxruntime-qnn", "qnn"),
+    "openvino": ("openvino", "openvino"),
+    "openvino_genai": ("openvino-genai", "openvino"),
+    "openvino_tokenizers": ("openvino-tokenizers", "openvino"),
+    "optimum": ("optimum-intel", "openvino"),
     "peft": ("peft", "train"),
     "psutil": ("psutil", "runtime"),
     "pyarrow": ("pyarrow", "train"),
@@ -87,11 +103,17 @@ NO_TELEMETRY = {
     "MLFLOW_DISABLE_TELEMETRY": "1",
     "WANDB_ERROR_REPORTING": "false",
 }
+# A package that does nothing but send, on `import openvino` and for want of a file that says no; it knows no variable for that.
+# openvino and nncf have a stub of their own for where it is not installed (openvino 2026.4, `tools/ovc/telemetry_utils.py`).
+NO_IMPORT = ("openvino_telemetry",)
 
 
 def disable_telemetry() -> None:
     """Switch the telemetry of every dependency off for this process and its children."""
     os.environ.update(NO_TELEMETRY)
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]  None: to be taken for not installed
+    for name in NO_IMPORT:
+        modules.setdefault(name, None)
 
 
 def require(module: str, purpose: str) -> ModuleType:
@@ -109,7 +131,17 @@ def require(module: str, purpose: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = (error.name or module).split(".")[0]
         distribution, extra = PROVIDED_BY.get(missing, (missing, "train"))
-        raise Unavailable(f"{distribution} is not installed; it is needed {purpose}", f"pip install 'slmops[{extra}]'") from error
+        raise Unavailable(f"{distribution} is not installed; it is needed {purpose}", how_to_install(extra)) from error
+
+
+def how_to_install(extra: str) -> str:
+    """Return the pip line of an extra, and where it cannot go into this environment, that."""
+    line = f"pip install 'slmops[{extra}]'"
+    if extra == "openvino":
+        return f"{line} in an environment of its own: it wants older libraries than training"
+    if extra == "train" and builds_openvino():
+        return f"{line} in another environment: this is one of slmops[openvino], which wants older libraries"
+    return line
 
 
 @cache
@@ -127,6 +159,22 @@ def clashing_flavours() -> list[tuple[str, ...]]:
     """Return the distributions that are installed over one another: two or more flavours of the same package."""
     found = [tuple(name for name in names if version_of(name)) for names in FLAVOURS.values()]
     return [present for present in found if len(present) > 1]
+
+
+def missing_for_openvino() -> list[str]:
+    """Return what is not installed of what builds OpenVINO exports; to import them would take seconds."""
+    needed = ("optimum-intel", "nncf", "openvino", "openvino-genai", "openvino-tokenizers", "torch", "transformers")
+    return [name for name in needed if version_of(name) is None]
+
+
+def builds_openvino() -> bool:
+    """Tell whether this environment is one that makes exports for OpenVINO, which cannot be one that trains."""
+    return version_of("optimum-intel") is not None
+
+
+def tested() -> dict[str, str]:
+    """Return the set of versions that an environment like this was tested with."""
+    return TESTED | TESTED_WITH_OPENVINO if builds_openvino() else TESTED
 
 
 @dataclass(frozen=True)
@@ -274,5 +322,5 @@ def need_disk(folder: Path, size_bytes: int, what: str) -> None:
 
 def snapshot() -> dict[str, object]:
     """Return what a manifest records of the environment: machine facts and library versions."""
-    packages = {name: version for name in TESTED if (version := version_of(name))}
+    packages = {name: version for name in TESTED | TESTED_WITH_OPENVINO if (version := version_of(name))}
     return {"machine": asdict(machine()), "packages": packages}

@@ -113,9 +113,15 @@ def torch() -> dict[str, Any]:
     return {"version": library.__version__, "cuda_build": library.version.cuda, "gpus": gpus, "threads": library.get_num_threads()}
 
 
+def openvino() -> dict[str, Any]:
+    """Return the devices that OpenVINO has a driver for."""
+    library = import_module("openvino")  # of an extra that this environment may not have
+    return {"devices": sorted({name.split(".")[0] for name in library.Core().available_devices})}
+
+
 def main(words: list[str]) -> None:
     """Run the probe that the command line names and print what it found."""
-    probes = {"providers": providers, "session": session, "torch": torch}
+    probes = {"providers": providers, "session": session, "torch": torch, "openvino": openvino}
     try:
         found = probes[words[0]](*words[1:])
     except Exception as error:  # a probe: whatever goes wrong is the finding

@@ -130,8 +130,17 @@ def _qnn(precision: str, recipe: str) -> Target:
         level="compiled",
         recipe=recipe,
         lacks="runtime adapters (merged first), dynamic shapes",
-        check="compiled ahead of time for the SoC, and run on the host",
+        check="compiled for the chip; the compiled files computed by the plugin's x86-64 stand-in for the NPU, within the bars of `slmops verify`; no NPU",
     )
+
+
+# slmops.graph.ir_building: what each is, and what it cost.
+_IR_RECIPES = {
+    ("cpu", "int8"): "8 bits, a scale and a zero point a row",
+    ("cpu", "int4"): "4 bits in groups that divide the model, query, key, value, embedding and head in 8",
+    ("npu", "int8"): "8 bits, a scale a row",
+    ("npu", "int4"): "4 bits in groups of 128 or with a scale a row, no zero points; embedding and head in 8",
+}
 
 
 def _openvino(device: str, precision: str, level: Level, lacks: str, check: str) -> Target:
@@ -144,7 +153,7 @@ def _openvino(device: str, precision: str, level: Level, lacks: str, check: str)
         runtime_package="openvino-genai",
         extra="openvino",
         level=level,
-        recipe=f"OpenVINO IR in {precision}",
+        recipe=f"IR: {_IR_RECIPES.get(('npu' if device == 'npu' else 'cpu', precision), precision)}",
         lacks=lacks,
         check=check,
     )
@@ -174,6 +183,9 @@ _INT8 = "8 bits in blocks of 64 with zero points, by least squares, float16 scal
 _INT4 = "4 bits in blocks of 32 to 128, query, key and value in 8, by least squares, float16 scales"
 _WITHIN_BARS = "KL and task metric against PyTorch within the bars of `slmops verify`, on this CPU"
 
+_MERGED = "runtime adapters (merged first)"
+_IR_READ = "matrices read back and compared with the recipe; compiling takes the driver of an Intel"
+
 # The first target of a device has its usual provider.
 TARGETS = (
     _cpu("fp32", "float", "logits equal PyTorch's to 2e-4 and answers are the same, on this CPU"),
@@ -190,10 +202,12 @@ TARGETS = (
     _gpu("dml", "int4", f"{_INT4}, an even number of them a row; embedding in float16", lacks="; Windows only"),
     _gpu("trt-rtx", "fp16", "float16"),
     _gpu("trt-rtx", "bf16", "bfloat16, logits in float32"),
-    *(_qnn(precision, "as for the CPU") for precision in ("int4",)),
-    *(_openvino("cpu", precision, "executed", "", _WITHIN_BARS) for precision in ("fp32", "fp16", "int8", "int4")),
-    *(_openvino("gpu", precision, "executed", "", f"{_WITHIN_BARS}; no GPU") for precision in ("fp16", "int8", "int4")),
-    *(_openvino("npu", precision, "executed", "dynamic shapes", f"{_WITHIN_BARS}; no NPU") for precision in ("int8", "int4")),
+    _qnn("int4", "4 bits in blocks of 32 to 256, query, key and value in 8, by least squares; 16-bit floats between"),
+    _qnn("int8", "8 bits in blocks of 64 with zero points, by least squares; 16-bit floats between"),
+    _qnn("fp16", "16-bit floats (the graph is in 32 bits, the NPU computes in 16)"),
+    *(_openvino("cpu", precision, "executed", _MERGED, _WITHIN_BARS) for precision in ("fp32", "fp16", "int8", "int4")),
+    *(_openvino("gpu", precision, "built", _MERGED, f"{_IR_READ} GPU") for precision in ("fp16", "int8", "int4")),
+    *(_openvino("npu", precision, "built", f"{_MERGED}, dynamic shapes", f"{_IR_READ} NPU") for precision in ("int8", "int4")),
 )
 
 _BY_SIZE = ("int8", "int4", "fp16", "bf16", "fp32")

@@ -16,11 +16,10 @@ from tiny import ROWS, TEMPLATES, make_adapter, make_export, make_model, write_r
 import slmops
 from slmops.adapters.planning import BAR, FINE, KEEP, RAISE, Plan, plan_changes, plan_model
 from slmops.errors import InvalidInput, Unavailable
-from slmops.graph.linears import load_graph
 from slmops.graph.quantization import Scheme, quantize
 from slmops.graph.recipes import recipe_for
-from slmops.graph.rewriting import FULL
 from slmops.runtime.loading import open_runner
+from slmops.verification.stored import stored_of
 from slmops.verification.weights import shares
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -195,7 +194,7 @@ def test_the_plan_has_the_shares_that_verify_measures_in_the_package(base: Path,
     merged = slmops.merge(adapter, out=tmp_path / "merged", base=base)
     plan = slmops.merge(adapter, plan=True, base=base)
     package = make_export(tmp_path / "int4", merged.path, "int4")
-    found = {share.layer: share for share in shares(load_graph(package / FULL), merged.path, base)}
+    found = {share.layer: share for share in shares(stored_of(package), merged.path, base)}
     assert set(found) == {layer.share.layer for layer in plan.layers}
     for layer in plan.layers:
         assert layer.share.p == pytest.approx(found[layer.share.layer].p, abs=1e-4), layer.share.layer

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -23,7 +24,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors", "progress", "probe"),
     ("environment",),
-    ("config", "artifact", "targets", "results", "bandwidth"),
+    ("config", "artifact", "targets", "socs", "results", "bandwidth"),
     ("data", "graph", "lineage"),
     ("runtime", "olive_backend"),  # `generate` puts a prompt into its template
     ("evaluation", "diagnosis"),
@@ -39,7 +40,8 @@ LAYERS = (
 LINE = {name: number for number, names in enumerate(LAYERS) for name in names}
 HEAVY = {
     "torch", "transformers", "peft", "accelerate", "datasets", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai", "olive", "matplotlib",
-    "tokenizers", "safetensors", "pyarrow", "jinja2", "rich", "psutil", "yaml", "bitsandbytes", "trl", "optuna",
+    "tokenizers", "safetensors", "pyarrow", "jinja2", "rich", "psutil", "yaml", "bitsandbytes", "trl", "optuna", "openvino", "openvino_genai", "openvino_tokenizers",
+    "nncf", "optimum",
 }  # fmt: skip
 # Classes that subclass a library's need it when the module is read; nothing imports these modules before they are needed.
 HEAVY_ALLOWED = {
@@ -193,6 +195,25 @@ def test_constraints_pin_the_tested_versions():
     text = (ROOT / "constraints.txt").read_text()
     pins = {name.lower().replace("_", "-"): version for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE)}
     assert {name: pins.get(name) for name in environment.TESTED} == environment.TESTED
+
+
+def test_openvinos_constraints_pin_the_tested_versions():
+    text = (ROOT / "constraints-openvino.txt").read_text()
+    pins = {name.lower().replace("_", "-"): version for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE)}
+    tested = environment.TESTED | environment.TESTED_WITH_OPENVINO
+    assert {name: pins[name] for name in tested if name in pins} == {name: version for name, version in tested.items() if name in pins}
+    assert set(environment.TESTED_WITH_OPENVINO) <= set(pins)
+
+
+def test_openvinos_telemetry_package_cannot_be_imported():
+    code = (
+        "import slmops\ntry:\n    import openvino_telemetry\nexcept ImportError:\n    raise SystemExit(0)\n"
+        "raise SystemExit('it can be imported')"
+    )
+    with TemporaryDirectory() as folder:  # one that is there, whether or not the environment has it
+        (Path(folder) / "openvino_telemetry.py").write_text("")
+        environ = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([str(ROOT), folder])}
+        assert subprocess.run([sys.executable, "-c", code], env=environ, check=False).returncode == 0
 
 
 def test_telemetry_of_every_dependency_is_off():

@@ -100,6 +100,19 @@ def make_adapter(folder: Path, base: Path, seed: int = 0, *, rank: int = 4, scal
     return folder
 
 
+def make_learned_adapter(folder: Path, base: Path, rows: Sequence[dict[str, Any]] = ROWS, *, rank: int = 8, steps: int = 60) -> Path:
+    """Write a plain PEFT LoRA folder that learned rows by heart, without slmops's training."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings = LoraConfig(r=rank, lora_alpha=4 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
+    _learn(adapted, base, rows, steps)
+    adapted.save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
 def make_export(folder: Path, model: Path, precision: str = "fp32", **settings: Any) -> Path:
     """Export a model for the CPU with slmops."""
     from slmops.exporting import export

@@ -14,6 +14,7 @@ from slmops.data.encoding import with_bos
 from slmops.errors import BadArtifact, InvalidInput, Unavailable
 from slmops.evaluation.neutral import neutral_text
 from slmops.runtime import hugging_face
+from slmops.runtime.engines import model_bytes
 from slmops.runtime.loading import interface_of, kind_of, parse_selection
 from slmops.runtime.package import interface_with
 
@@ -77,7 +78,7 @@ def size_bytes(folder: Path) -> int:
     """Return the size on disk of a model's graphs and weights; of an adapter, of its base and itself."""
     kind = kind_of(folder)
     if kind == "export":
-        return sum(file.stat().st_size for pattern in ("*.onnx", "*.data", "*.onnx_adapter") for file in folder.rglob(pattern))
+        return model_bytes(folder)
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return weights + size_bytes(_base_of(folder)) if kind == "adapter" else weights
 

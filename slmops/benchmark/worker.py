@@ -22,6 +22,7 @@ from slmops import environment, results
 from slmops.data import Encoded
 from slmops.errors import SlmopsError
 from slmops.evaluation.losses import surprise, token_losses
+from slmops.runtime.engines import engine_of, weights_bytes
 from slmops.runtime.loading import kind_of, open_runner, parse_selection
 from slmops.runtime.runner import Runner
 
@@ -56,7 +57,7 @@ class Worker:
     def load(self, folder: str, threads: int, precision: str, adapter: list[str]) -> dict[str, Any]:
         """Load the model; its engine's libraries are imported first and timed apart."""
         started = time.perf_counter()
-        _import_engine(kind_of(Path(folder)))
+        _import_engine(Path(folder))
         imported = time.perf_counter()
         self.runner = open_runner(folder, threads=threads, precision=precision, adapter=parse_selection(adapter))
         self.runner.prepare()
@@ -123,7 +124,7 @@ def bytes_per_token(runner: Runner) -> int:
     """Return the bytes of weights that decoding one token reads.
 
     Of PyTorch: all parameters, but for an embedding that the head does not share (one row of it is read). Of an export:
-    the graph's data file, which holds a shared embedding once; a separate one is counted too, so the share of the
+    the file of the graph's weights, which holds a shared embedding once; a separate one is counted too, so the share of the
     bandwidth is at most that much too high.
     """
     model: Any = getattr(runner, "model", None)
@@ -131,12 +132,13 @@ def bytes_per_token(runner: Runner) -> int:
         total = sum(weight.numel() * weight.element_size() for weight in model.parameters())
         table, head = model.get_input_embeddings().weight, model.get_output_embeddings()
         return total if head is None or head.weight is table else total - table.numel() * table.element_size()
-    return sum(file.stat().st_size for file in runner.folder.glob("*.data")) or (runner.folder / "model.onnx").stat().st_size
+    return weights_bytes(runner.folder) or (runner.folder / "model.onnx").stat().st_size
 
 
-def _import_engine(kind: str) -> None:
-    if kind == "export":
-        environment.require("onnxruntime_genai", "to run a package")
+def _import_engine(folder: Path) -> None:
+    kind, engine = kind_of(folder), engine_of(folder)
+    if engine is not None:
+        environment.require(engine.library, "to run a package")
         return
     environment.require("torch", "to run a PyTorch model")
     _ = environment.require("transformers", "to load a PyTorch model").AutoModelForCausalLM

@@ -104,6 +104,11 @@ class ExportSettings(Settings):
         None, "weights that share a scale, a power of two that divides the layer (default: by the layer's width)", ge=16
     )
     max_length_tokens: int | None = setting(None, "longest prompt and answer together (default: 2048 or the model's own limit)", ge=16)
+    soc: str | None = setting(None, "qnn: chip to compile for, such as 8-gen-3 or sm8650 (default: snapdragon-x-elite)")
+    prefill_tokens: int | None = setting(None, "qnn: tokens of a prompt that are computed at once (default: 64)", ge=2, le=1024)
+    weights_once: bool = setting(
+        False, "qnn: store what both compiled graphs share once; without an NPU such a file cannot be run, and verify compiles anew"
+    )
     force: bool = setting(False, "replace an output folder that slmops wrote")
 
     @field_validator("precision", mode="before")

@@ -62,6 +62,7 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
     artifact.refuse_occupied(out, force=settings.force)
     target = targets.find(settings.device, settings.provider, settings.precision)
     recipe_for(settings.precision, settings.block_size, target.provider)  # a block size that no kernel takes is refused here
+    _refuse_settings_of_others(settings, target)
     if (source / "adapter_config.json").is_file():
         return _export_adapter(source, out, settings)
     found = artifact.checked(source, "model", "export the folder that `slmops merge` wrote")
@@ -123,6 +124,13 @@ def exports(model: str | Path, *, out: str | Path, config: Any = None, **overrid
         wish = flat(settings)
         made = tuple(export(source, out=place, config={**wish, "precision": name}) for name, place in zip(names, places, strict=True))
     return Exports(made, Path(out))
+
+
+def _refuse_settings_of_others(settings: ExportSettings, target: Target) -> None:
+    """Raise InvalidInput for a setting that would be ignored."""
+    given = [name for name in ("soc", "prefill_tokens", "weights_once") if getattr(settings, name)]
+    if given and target.road != "qnn":
+        raise InvalidInput(f"{', '.join(given)}: only for --device npu --provider qnn, and the target is {target.name}", "leave it out")
 
 
 def writer_of(road: Road) -> _Writer:

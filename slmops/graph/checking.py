@@ -9,6 +9,7 @@ from typing import Any
 from slmops.graph import kernels
 from slmops.graph.linears import HEAD, Linear, Model, embedding, linears, load_graph
 from slmops.graph.rewriting import ADAPTED, FULL, MAIN
+from slmops.graph.static import dynamic_dimensions
 from slmops.targets import Target
 
 
@@ -21,11 +22,7 @@ def problems(folder: Path, options: dict[str, Any], target: Target | None = None
         target: that it was made for; None: unknown, and not looked at.
     """
     main = load_graph(folder / MAIN)
-    table = embedding(main) if options.get("embedding") != "float" else None
-    found = linears(main) + ([table] if table is not None else [])
-    differences = [line for linear in found for line in _layer_problems(linear, options)]
-    if not any(linear.name == HEAD for linear in found):
-        differences.append(f"the graph has no {HEAD}")
+    differences = recipe_problems(main, options)
     if (folder / FULL).is_file():
         differences += _twin_problems(main, load_graph(folder / FULL))
     if target is not None and target.provider in kernels.PROVIDERS:
@@ -33,6 +30,22 @@ def problems(folder: Path, options: dict[str, Any], target: Target | None = None
         differences += [line for line in kernels.kernel_problems(load_graph(folder / FULL), target) if line not in differences]
         differences += _config_problems(folder / "genai_config.json", target)
     return differences
+
+
+def recipe_problems(model: Model, options: dict[str, Any]) -> list[str]:
+    """Compare the layers of one graph with the options of a recipe; return one line per difference."""
+    table = embedding(model) if options.get("embedding") != "float" else None
+    found = linears(model) + ([table] if table is not None else [])
+    differences = [line for linear in found for line in _layer_problems(linear, options)]
+    if not any(linear.name == HEAD for linear in found):
+        differences.append(f"the graph has no {HEAD}")
+    return differences
+
+
+def static_problems(path: Path, options: dict[str, Any]) -> list[str]:
+    """Say what is wrong with a graph of fixed shapes: a layer unlike the recipe, or a shape that is not fixed."""
+    model = load_graph(path)
+    return recipe_problems(model, options) + [f"{path.name}: {line} has no fixed shape" for line in dynamic_dimensions(model)]
 
 
 def _config_problems(path: Path, target: Target) -> list[str]:

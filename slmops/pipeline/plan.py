@@ -32,6 +32,7 @@ from slmops.config import EvaluateMetric, Settings, fields, load, read_yaml
 from slmops.errors import InvalidInput
 from slmops.pipeline.gates import Bar, parse_bar
 from slmops.pipeline.verbs import DECIDED, VERBS, Verb
+from slmops.runtime.engines import engine_of
 
 _KEYS = ("model", "data", "out", "steps")
 _NAME = re.compile(r"^[A-Za-z0-9][\w-]*$")
@@ -215,9 +216,7 @@ def _fallback(reading: _Reading, where: str, verb: Verb) -> Reference | None:
     """Return the pipeline's own model or data, where that is what a step can start from."""
     name = verb.falls_back
     value = getattr(reading, name) if name else None
-    if name is None or (
-        set(verb.takes) <= {"export", "package"} and value is not None and not (Path(value) / "genai_config.json").is_file()
-    ):
+    if name is None or (set(verb.takes) <= {"export", "package"} and value is not None and engine_of(Path(value)) is None):
         reading.problems.append(f"{where}: no earlier step makes the {' or '.join(verb.takes)} that it needs")
     elif value is None and not any(problem.startswith(f"{name}:") for problem in reading.problems):
         reading.problems.append(f"{where}: needs a {name}, and the file names none (`{name}: ...`)")

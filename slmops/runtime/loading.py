@@ -10,6 +10,7 @@ from slmops import artifact, environment
 from slmops.artifact import Artifact
 from slmops.data import Interface, Tokenizer, choose_interface
 from slmops.errors import BadArtifact, InvalidInput
+from slmops.runtime.engines import ENGINES, engine_of, open_export, weights_bytes
 from slmops.runtime.package import Package, Selection, interface_with
 from slmops.runtime.runner import Runner
 
@@ -28,19 +29,20 @@ class Loaded:
 
 
 def kind_of(folder: Path) -> str:
-    """Say what a folder is by its files: `export` (genai runs it), `adapter` (PEFT) or `model` (Hugging Face).
+    """Say what a folder is by its files: `export` (an engine runs it), `adapter` (PEFT) or `model` (Hugging Face).
 
     Raises:
         BadArtifact: none of the three, or no such folder.
     """
     if not folder.is_dir():
         raise BadArtifact(f"no such folder: {folder}", "give the folder of a model, adapter or export")
-    for name, kind in (("genai_config.json", "export"), ("adapter_config.json", "adapter"), ("config.json", "model")):
+    if engine_of(folder) is not None:  # first: an OpenVINO export has a config.json too
+        return "export"
+    for name, kind in (("adapter_config.json", "adapter"), ("config.json", "model")):
         if (folder / name).is_file():
             return kind
-    raise BadArtifact(
-        f"{folder} holds no model, adapter or export", "give a folder with config.json, adapter_config.json or genai_config.json"
-    )
+    markers = " or ".join(engine.marker for engine in ENGINES)
+    raise BadArtifact(f"{folder} holds no model, adapter or export", f"give a folder with config.json, adapter_config.json, {markers}")
 
 
 def parse_selection(texts: Sequence[str] | None) -> dict[str, float]:
@@ -112,7 +114,7 @@ def open_runner(
     if found is not None:
         artifact.check(found)
     count = threads or default_threads(folder)
-    return _genai(folder, count) if kind == "export" else _torch(folder, kind, found, count, base_only, precision)
+    return open_export(folder, count) if kind == "export" else _torch(folder, kind, found, count, base_only, precision)
 
 
 def default_threads(folder: Path) -> int:
@@ -123,8 +125,8 @@ def default_threads(folder: Path) -> int:
         from slmops.runtime import hugging_face
 
         place = hugging_face.find_base(folder, artifact.find(folder), hugging_face.read_adapter_config(folder))
-    files = place.glob("*.data" if kind == "export" else "*.safetensors")
-    return environment.threads_for(sum(file.stat().st_size for file in files))
+    size = weights_bytes(place) if kind == "export" else sum(file.stat().st_size for file in place.glob("*.safetensors"))
+    return environment.threads_for(size)
 
 
 def interface_of(folder: Path, found: Artifact | None) -> Interface:
@@ -132,12 +134,6 @@ def interface_of(folder: Path, found: Artifact | None) -> Interface:
     if found is not None and found.manifest.interface is not None:
         return Interface.model_validate(found.manifest.interface)
     return choose_interface(folder, [])[0]
-
-
-def _genai(folder: Path, threads: int) -> Runner:
-    from slmops.runtime.genai_runner import GenaiRunner
-
-    return GenaiRunner(folder, threads)
 
 
 def _torch(folder: Path, kind: str, found: Artifact | None, threads: int, base_only: bool, precision: str) -> Runner:

@@ -16,6 +16,7 @@ import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,8 +28,9 @@ from slmops.artifact import Artifact
 from slmops.data import Interface, Tokenizer
 from slmops.errors import BadArtifact, InvalidInput
 from slmops.runtime import adapter_files
+from slmops.runtime.engines import engine_of, open_export, weights_bytes
 from slmops.runtime.genai_runner import GenaiRunner
-from slmops.runtime.runner import Sampling
+from slmops.runtime.runner import ExportRunner, Sampling
 from slmops.runtime.sessions import Sessions
 
 Selection = str | Mapping[str, float] | None
@@ -104,9 +106,12 @@ class Package:
 
     def _open(self, found: Artifact, threads: int | None, most_loaded: int) -> None:
         self.found, self.folder = found, found.path
-        self.threads = threads or environment.threads_for(sum(file.stat().st_size for file in self.folder.glob("*.data")))
+        self.threads = threads or environment.threads_for(weights_bytes(self.folder))
         self.tokenizer = Tokenizer.load(self.folder)
-        self._sessions = Sessions(self.folder, self.threads)
+        engine = engine_of(self.folder)
+        self._is_genai = engine is None or engine.name == "genai"
+        if self._is_genai:
+            self._sessions = Sessions(self.folder, self.threads)
         self._library = _Library(found, most_loaded)
 
     @property
@@ -118,8 +123,17 @@ class Package:
         """Return how text goes in and out: an adapter's own templates and stop tokens; of several, the first one's."""
         return interface_with(self.found, adapter)
 
+    def engine_runner(self, adapter: Selection = None) -> ExportRunner:
+        """Return a runner on the engine that the package is for; only onnxruntime-genai's has adapters: see `runner`."""
+        weights_of(self.found, adapter)
+        return self.runner(adapter) if self._is_genai else self._alone
+
+    @cached_property
+    def _alone(self) -> ExportRunner:
+        return open_export(self.folder, self.threads)
+
     def runner(self, adapter: Selection = None) -> GenaiRunner:
-        """Return a runner of the base with an adapter on; runners share all sessions.
+        """Return a runner of the base with an adapter on, by onnxruntime-genai; runners share all sessions.
 
         Raises:
             InvalidInput: no adapter of that name.
@@ -144,7 +158,13 @@ class Package:
         from slmops.runtime.generation import answer
 
         return answer(
-            self.runner(adapter), self.tokenizer, self.interface(adapter), prompt, max_new_tokens=max_new_tokens, sampling=sampling, raw=raw
+            self.engine_runner(adapter),
+            self.tokenizer,
+            self.interface(adapter),
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            raw=raw,
         )
 
     def load(self, adapter: Selection) -> None:
@@ -156,7 +176,10 @@ class Package:
     def close(self) -> None:
         """Free everything."""
         self._library.close()
-        self._sessions.close()
+        if self._is_genai:
+            self._sessions.close()
+        elif (runner := self.__dict__.pop("_alone", None)) is not None:
+            runner.close()
 
 
 class _Adapter:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ import numpy as np
 from slmops import artifact, environment
 from slmops.artifact import Artifact
 from slmops.errors import BadArtifact, Unavailable
-from slmops.graph.linears import Model, hugging_face_weights, load_graph
+from slmops.graph.linears import hugging_face_weights, load_graph
 from slmops.graph.rewriting import FULL
 from slmops.runtime import hugging_face
+from slmops.runtime.engines import engine_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,6 +58,12 @@ def find_quantized_base(folder: Path, base: Path) -> QuantizedBase:
         BadArtifact: neither, incomplete or changed, or made of another model.
         Unavailable: the library that reads graphs is missing.
     """
+    engine = engine_of(folder)
+    if engine is not None and engine.name != "genai":
+        raise Unavailable(
+            f"{folder} is an export for OpenVINO, and adapters are trained on the weights of one for onnxruntime only",
+            f"slmops export {base} -o OUT --device cpu, or train without --quantized-base",
+        )
     environment.require("onnx_ir", "to read the weights of a quantized base")
     found = artifact.load(folder, kinds=("export", "package"))
     artifact.check(found)
@@ -187,10 +194,15 @@ def refuse_merge(folder: Path, found: Artifact | None) -> None:
         )
 
 
-def twin(graph: Model, folder: Path) -> nn.Module:
-    """Return the PyTorch model of a folder with a graph's weights in place of its own, in float32."""
+def twin(folder: Path, weights: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, np.ndarray]]) -> nn.Module:
+    """Return the PyTorch model of a folder with a package's weights in place of its own, in float32.
+
+    Args:
+        folder: of the model.
+        weights: gives the package's matrices, (outputs, inputs), for the shapes of the model's parameters.
+    """
     model = hugging_face.load_model(folder)
-    put_weights(model, hugging_face_weights(graph, hugging_face.parameter_shapes(folder)))
+    put_weights(model, weights(hugging_face.parameter_shapes(folder)))
     return model
 
 

@@ -37,7 +37,7 @@ class Runner(Protocol):
     """A loaded model on some engine."""
 
     engine: str
-    """`torch`, `genai` ..."""
+    """`torch`, `genai`, `openvino` ..."""
     folder: Path
     max_length_tokens: int
     """The most tokens (prompt and answer) that a sequence may have."""
@@ -72,4 +72,18 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Free the model's memory."""
+        ...
+
+
+class ExportRunner(Runner, Protocol):
+    """An exported model on the engine that a device runs."""
+
+    vocabulary: int
+
+    def next_logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Return the float32 logits of the token after `ids`, (vocabulary,), by the graph that ships."""
+        ...
+
+    def step_logits(self, ids: Sequence[int], tokens: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield the logits after `ids`, and after each further token, (vocabulary,) each, by the graph that ships."""
         ...

@@ -19,7 +19,7 @@ from slmops.graph.linears import load_graph
 from slmops.graph.lora import A, B, Slot, slots
 from slmops.runtime import adapter_files, hugging_face
 from slmops.runtime.package import adapter_facts
-from slmops.verification import behaviour, surface, weights
+from slmops.verification import behaviour, surface
 from slmops.verification.bars import Bars
 from slmops.verification.stages import Stage, Status, Verdict, concluded, exactly
 from slmops.verification.subject import Subject, adapter_subject
@@ -182,7 +182,8 @@ def _check_runtime(subject: Subject) -> Stage:
     prompts = _prompts(subject)
     if not prompts:
         return Stage("runtime", "skipped", "no prompts are known")
-    differences = [float(np.abs(subject.candidate.runtime_logits(ids) - subject.candidate.next_logits(ids)).max()) for ids in prompts]
+    runner = subject.genai_candidate
+    differences = [float(np.abs(runner.runtime_logits(ids) - runner.next_logits(ids)).max()) for ids in prompts]
     figures = {"prompts": len(prompts), "largest_difference": max(differences)}
     verdict = exactly("logits of the runtime, with the adapter on, against the graph's", max(differences), 1e-3)
     return concluded("runtime", [verdict], figures, {"largest_difference": 1e-3}, "the runtime does not apply the adapter as it should")
@@ -193,8 +194,7 @@ def _check_effect(subject: Subject) -> Stage:
         return Stage("effect", "inconclusive", "no held-out rows are known: give some with --data")
     figures: dict[str, Any] = {}
     chosen = behaviour.few(subject.corpus.sequences)
-    graph = weights.load_graph(subject.graph_path)
-    verdicts = [behaviour.twin_verdict(subject, graph, chosen, figures), behaviour.effect_verdict(subject, chosen, figures)]
+    verdicts = [behaviour.twin_verdict(subject, chosen, figures), behaviour.effect_verdict(subject, chosen, figures)]
     bar = subject.settings.effect_bar
     bars = {"twin_kl": subject.settings.twin_bar, "effect": [1 - bar, 1 + bar]}
     return concluded("effect", verdicts, figures, bars, "the adapter does not do in the package what it does in PyTorch")

@@ -11,8 +11,9 @@ from slmops.data import Encoded
 from slmops.results import Estimate
 from slmops.runtime.loading import Loaded
 from slmops.runtime.runner import Runner
+from slmops.runtime.static_runner import StaticRunner
 from slmops.runtime.torch_runner import TorchRunner
-from slmops.verification import weights
+from slmops.verification import compiled, weights
 from slmops.verification.bars import Bars
 from slmops.verification.comparison import Comparison, compare
 from slmops.verification.stages import Stage, Verdict, at_least, at_most, concluded, exactly, within
@@ -20,7 +21,7 @@ from slmops.verification.subject import Subject, has_answers
 
 # Rows of the tests that need further models: enough for KL to two figures, few enough for a laptop.
 _FEW_ROWS = 128
-# Answers that onnxruntime-genai's own Generator gives, beside those of the batched runner.
+# Answers that the device's own runtime gives, beside those of the batched runner.
 _RUNTIME_ROWS = 16
 
 
@@ -34,12 +35,14 @@ def check_logits(subject: Subject, bars: Bars) -> Stage:
     comparison = compare(subject.reference, subject.candidate, subject.corpus.sequences, label="logits", tie=2 * (bars.difference or 0.0))
     figures = logits_figures(comparison)
     figures["rows_from"] = subject.rows_from
+    if isinstance(subject.candidate, StaticRunner):
+        figures |= compiled.figures(subject.candidate, subject.corpus.sequences)
     advice = "the package does not compute what PyTorch does"
     if not subject.is_plain_base or bars.nmse is not None:
         return concluded("logits", logits_verdicts(comparison, bars), figures, shown, advice)
     # What quantizing costs the base on a text that is nobody's task is reported, and what it computes is proven against its own weights.
     figures["rows_from"] = "text that the base wrote in PyTorch"
-    verdict = twin_verdict(subject, weights.load_graph(subject.graph_path), subject.corpus.sequences, figures)
+    verdict = twin_verdict(subject, subject.corpus.sequences, figures)
     reported = Verdict(
         verdict.status,
         f"base: {verdict.text} on text of its own, where quantizing costs {comparison.mean_kl.value:.3g}: reported, give rows with --data base=FILE to gate it",
@@ -91,7 +94,7 @@ def check_text(subject: Subject, bars: Bars) -> Stage:
     wrong = runtime_differences(subject, theirs, longest)
     same = sum(a.predicted == b.predicted for a, b in zip(ours, theirs, strict=True))
     figures: dict[str, Any] = {"rows": len(ours), "same_answer": results.proportion(same, len(ours)), "runtime_differing": wrong}
-    verdicts = [exactly("answers that onnxruntime-genai gives otherwise than the graph", wrong, 0)]
+    verdicts = [exactly(f"answers that {subject.stored.runtime} gives otherwise than the graph", wrong, 0)]
     shown: dict[str, Any] = {"runtime_differing": 0}
     if bars.nmse is not None:
         different = sum(a.predicted != b.predicted and not _tied(subject, a.prompt_ids, bars) for a, b in zip(ours, theirs, strict=True))
@@ -109,12 +112,14 @@ def check_text(subject: Subject, bars: Bars) -> Stage:
 
 
 def runtime_differences(subject: Subject, answers: list[Any], longest: int) -> int:
-    """Count prompts that onnxruntime-genai's Generator, which a device runs, answers otherwise than the graph.
+    """Count prompts that the runtime of a device (onnxruntime-genai's Generator, openvino-genai's pipeline) answers otherwise than the graph.
 
     The graph answers them again one by one: in a batch, other kernels sum in another order, and in 4 bits that decides
     near-ties (3 of 16 long answers of a SNIPS slot filler).
     """
     stops = subject.interface.stop_token_ids
+    if isinstance(subject.candidate, StaticRunner):
+        return compiled.decode_differences(subject.candidate, answers[:: max(1, len(answers) // _RUNTIME_ROWS)][:_RUNTIME_ROWS])
     prompts = [answer.prompt_ids for answer in answers[:: max(1, len(answers) // _RUNTIME_ROWS)][:_RUNTIME_ROWS]]
     expected = subject.candidate.generate(prompts, max_new_tokens=longest, stop_token_ids=stops, batch_size=1)
     # The stop tokens of the runtime's own config end these streams.
@@ -156,8 +161,7 @@ def check_retention(subject: Subject) -> Stage:
         return Stage("retention", "skipped", "the model before the fine-tune is not known: give it with --base")
     if subject.baseline_found is not None and subject.baseline_found.manifest.kind == "adapter":
         return Stage("retention", "skipped", "the baseline is an unmerged adapter: merge it to measure retention in the weights")
-    graph = weights.load_graph(subject.graph_path)
-    found = weights.shares(graph, subject.baseline, subject.base)
+    found = weights.shares(subject.stored, subject.baseline, subject.base)
     vectors = weights.changed_vectors(subject.baseline, subject.base)
     if not found and not vectors:
         return Stage("retention", "fail", f"{subject.baseline} has the very weights of {subject.base}: there is no fine-tune in it")
@@ -168,28 +172,29 @@ def check_retention(subject: Subject) -> Stage:
     verdicts, figures, bars = weights.weight_verdicts(found, settings.retention_bar) if found else ([], {"vectors": len(vectors)}, {})
     if subject.rows:
         chosen = few(subject.corpus.sequences)
-        verdicts += [twin_verdict(subject, graph, chosen, figures), effect_verdict(subject, chosen, figures)]
+        verdicts += [twin_verdict(subject, chosen, figures), effect_verdict(subject, chosen, figures)]
         bars |= {"twin_kl": settings.twin_bar, "effect": [1 - settings.effect_bar, 1 + settings.effect_bar]}
     return concluded("retention", verdicts, figures, bars, "the fine-tune is not in the package as it was trained")
 
 
-def twin_verdict(subject: Subject, graph: weights.Model, sequences: list[Encoded], figures: dict[str, Any]) -> Verdict:
+def twin_verdict(subject: Subject, sequences: list[Encoded], figures: dict[str, Any]) -> Verdict:
     """Compare the package with PyTorch on the package's own dequantized weights: only arithmetic is left to differ."""
-    twin = twin_runner(subject, graph)
+    twin = twin_runner(subject)
     figures["twin_kl"] = compare(twin, subject.candidate, sequences, label="twin test").mean_kl
     twin.close()
     return at_most("twin KL", figures["twin_kl"], subject.settings.twin_bar)
 
 
-def twin_runner(subject: Subject, graph: weights.Model) -> Runner:
+def twin_runner(subject: Subject) -> Runner:
     """Return PyTorch with the package's weights, and with the adapter where one is proven."""
     from slmops.runtime import hugging_face
     from slmops.runtime.quantized_base import twin
 
     if subject.adapter is None:
-        return TorchRunner(twin(graph, subject.baseline), subject.baseline, subject.threads)
+        return TorchRunner(twin(subject.baseline, subject.stored.weights), subject.baseline, subject.threads)
     assert subject.base is not None
-    return TorchRunner(hugging_face.attach(twin(graph, subject.base), subject.baseline, subject.base), subject.baseline, subject.threads)
+    base = twin(subject.base, subject.stored.weights)
+    return TorchRunner(hugging_face.attach(base, subject.baseline, subject.base), subject.baseline, subject.threads)
 
 
 def effect_verdict(subject: Subject, sequences: list[Encoded], figures: dict[str, Any]) -> Verdict:

@@ -13,7 +13,9 @@ from slmops.artifact import Artifact
 from slmops.config import VerifySettings, flat, load
 from slmops.errors import BadArtifact, InvalidInput
 from slmops.runtime import loading
+from slmops.runtime.engines import ENGINES
 from slmops.runtime.package import adapter_facts
+from slmops.runtime.static_runner import StaticRunner
 from slmops.verification import behaviour, surface, weights
 from slmops.verification.adapters import check_adapters
 from slmops.verification.bars import bars_for
@@ -22,6 +24,7 @@ from slmops.verification.stages import NAMES, Stage
 from slmops.verification.subject import Subject, find_subject
 
 EXECUTED, BUILT = "executed", "built; numerics by a float twin on the CPU"
+COMPILED = "compiled; numerics by a stand-in for the NPU"
 
 
 @dataclass(frozen=True)
@@ -66,20 +69,23 @@ def verify(package: str | Path, *, config: Any = None, **overrides: Any) -> Veri
     """Prove that a package behaves as its model did in PyTorch, or name the first stage where it does not.
 
     Args:
-        package: an export, or any folder that onnxruntime-genai runs (then with `baseline`).
+        package: an export, or any folder that onnxruntime-genai or OpenVINO runs (then with `baseline`).
         config: YAML file or mapping of `VerifySettings`.
         overrides: single settings, such as `data="test.jsonl"`.
 
     Raises:
         BadArtifact: not an export, or its baseline is unknown, gone or changed.
         InvalidInput: a setting or the rows are wrong, or the package has no such adapter.
-        Unavailable: PyTorch or onnxruntime-genai is missing.
+        Unavailable: PyTorch or the package's runtime is missing.
     """
     settings = load(VerifySettings, config, **overrides)
     started = time.perf_counter()
     folder = Path(package)
     if loading.kind_of(folder) != "export":
-        raise BadArtifact(f"{folder} is not an export: there is no genai_config.json in it", "give the folder that `slmops export` wrote")
+        raise BadArtifact(
+            f"{folder} is not an export: there is no {' and no '.join(engine.marker for engine in ENGINES)} in it",
+            "give the folder that `slmops export` wrote",
+        )
     if settings.out is not None:
         artifact.refuse_occupied(settings.out, force=settings.force)
     found, edited = _manifest(folder)
@@ -96,6 +102,9 @@ def verify(package: str | Path, *, config: Any = None, **overrides: Any) -> Veri
         if subject.absence is not None:
             level = BUILT
             warnings.append(f"the package itself did not run ({subject.absence}): its figures are those of a float twin on the CPU")
+        if isinstance(subject.candidate, StaticRunner):
+            level = EXECUTED if subject.candidate.on_npu else COMPILED
+            warnings.append(f"it ran on {subject.candidate.ran_on}")
         stages += _run(subject, warnings)
     baseline = subject.baseline if subject else None
     result = Verification(folder, baseline, precision, tuple(stages), round(time.perf_counter() - started, 3), tuple(warnings), level)

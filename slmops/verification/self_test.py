@@ -20,8 +20,8 @@ from slmops import artifact, progress
 from slmops.artifact import Artifact
 from slmops.data import Interface, Tokenizer, encode_prompt, read_rows, row_format_of
 from slmops.errors import BadArtifact, SlmopsError
-from slmops.runtime.genai_runner import GenaiRunner
 from slmops.runtime.package import Package
+from slmops.runtime.runner import ExportRunner
 from slmops.verification.stages import Stage
 from slmops.verification.texts import OPENINGS
 
@@ -96,7 +96,7 @@ def check_self_test(folder: Path, found: Artifact | None, adapters: Sequence[str
             key = name or "base"
             try:
                 content = json.loads((folder / (_file_of(found, name) if name else FILE)).read_text(encoding="utf-8"))
-                figures[key], wrong = _run(package.runner(name), content, package.interface(name))
+                figures[key], wrong = _run(package.engine_runner(name), content, package.interface(name))
             except BadArtifact as error:
                 figures[key], wrong = {}, [error.message]
             except (OSError, ValueError, LookupError, TypeError, SlmopsError) as error:
@@ -116,13 +116,13 @@ def check_self_test(folder: Path, found: Artifact | None, adapters: Sequence[str
 
 def _answers(package: Package, name: str | None, prompts: Sequence[list[int]]) -> list[tuple[list[int], list[int]]]:
     """Return prompts, cut to what fits, with the tokens that onnxruntime-genai answers."""
-    runner, stops = package.runner(name), package.interface(name).stop_token_ids
+    runner, stops = package.engine_runner(name), package.interface(name).stop_token_ids
     fitting = [prompt[-max(1, runner.max_length_tokens - _NEW_TOKENS) :] for prompt in prompts]
     return [(ids, list(runner.stream(ids, max_new_tokens=_NEW_TOKENS, stop_token_ids=stops))) for ids in fitting]
 
 
 def _cases(package: Package, name: str | None, answers: Sequence[tuple[list[int], list[int]]]) -> list[dict[str, Any]]:
-    runner, interface = package.runner(name), package.interface(name)
+    runner, interface = package.engine_runner(name), package.interface(name)
     cases = []
     for ids, tokens in answers:
         steps = list(runner.step_logits(ids, tokens[: _NEW_TOKENS - 1]))
@@ -139,7 +139,7 @@ def _cases(package: Package, name: str | None, answers: Sequence[tuple[list[int]
     return cases
 
 
-def _run(runner: GenaiRunner, content: Mapping[str, Any], interface: Interface) -> tuple[dict[str, Any], list[str]]:
+def _run(runner: ExportRunner, content: Mapping[str, Any], interface: Interface) -> tuple[dict[str, Any], list[str]]:
     """Return figures, and what is wrong."""
     tolerance, largest, wrong = float(content["tolerance"]), 0.0, [] if content["cases"] else ["its self-test has no prompts"]
     for number, case in enumerate(content["cases"], 1):

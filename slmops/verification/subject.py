@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from slmops import artifact, progress, targets
 from slmops.artifact import Artifact
@@ -15,16 +13,19 @@ from slmops.config import VerifySettings
 from slmops.data import NOT_COUNTED, Corpus, Encoded, Interface, Row, Tokenizer, encode_rows, read_rows, row_format_of
 from slmops.errors import BadArtifact, InvalidInput
 from slmops.graph.float_twin import write_float_twin
-from slmops.graph.rewriting import FULL
 from slmops.runtime import loading, providers
+from slmops.runtime.engines import engine_of, open_export
 from slmops.runtime.genai_runner import GenaiRunner
 from slmops.runtime.package import Package, adapter_names, interface_with
 from slmops.runtime.providers import provider_of
-from slmops.runtime.runner import Runner, Sampling
+from slmops.runtime.runner import ExportRunner, Runner, Sampling
 from slmops.targets import Target
+from slmops.verification.stored import Stored, StoredGraph, stored_of
 from slmops.verification.texts import OPENINGS
 
 _MOST_ROWS = 1000
+# Where an NPU is computed on a CPU, a row takes seconds.
+_MOST_ROWS_EMULATED = 24
 _OWN_TEXTS, _OWN_TOKENS = 10, 64
 
 
@@ -87,24 +88,22 @@ class Subject:
         return Tokenizer.load(self.baseline if own or self.base is None else self.base)
 
     @cached_property
-    def graph_path(self) -> Path:
-        """The graph with all logits."""
-        return (
-            self.package / FULL if (self.package / FULL).is_file() else self.package / self.runtime_config["model"]["decoder"]["filename"]
-        )
+    def stored(self) -> Stored:
+        """What the package stores."""
+        return stored_of(self.package)
 
-    @cached_property
-    def runtime_config(self) -> dict[str, Any]:
-        """The package's `genai_config.json`."""
-        try:
-            return json.loads((self.package / "genai_config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BadArtifact(f"{self.package} has no genai_config.json that can be read: {error}", "export the model again") from None
+    @property
+    def graph_path(self) -> Path:
+        """Of a package that onnxruntime-genai runs: the graph with all logits."""
+        return StoredGraph(self.package).path
 
     @cached_property
     def absence(self) -> str | None:
         """Why the package cannot run here and its float twin does in its place; None where it can."""
-        target = provider_of(self.runtime_config)
+        engine = engine_of(self.package)
+        if engine is None or engine.name != "genai":
+            return None
+        target = provider_of(StoredGraph(self.package).config)
         return providers.absence(target.ort_provider) if target is not None else None
 
     @cached_property
@@ -114,13 +113,19 @@ class Subject:
         return targets.find(facts["device"], facts["provider"], facts["precision"]) if "provider" in facts else None
 
     @cached_property
-    def candidate(self) -> GenaiRunner:
+    def candidate(self) -> ExportRunner:
         """The package, running, with the adapter on; where its provider is not here, its float twin on the CPU."""
         if self.absence is not None:
             self.scratch = TemporaryDirectory(prefix="slmops-twin-")
             with progress.task("write the float twin"):
                 return GenaiRunner(write_float_twin(self.package, Path(self.scratch.name)), self.threads)
-        return self.opened.runner(self.adapter) if self.opened is not None else GenaiRunner(self.package, self.threads)
+        return self.opened.runner(self.adapter) if self.opened is not None else open_export(self.package, self.threads)
+
+    @property
+    def genai_candidate(self) -> GenaiRunner:
+        """The same, where onnxruntime-genai runs it."""
+        assert isinstance(self.candidate, GenaiRunner)
+        return self.candidate
 
     @cached_property
     def reference(self) -> Runner:
@@ -164,14 +169,7 @@ class Subject:
         """The package's precision: from its manifest, or read off the graph."""
         if self.found is not None and "precision" in self.found.manifest.facts:
             return str(self.found.manifest.facts["precision"])
-        from slmops.graph.linears import linears, load_graph
-
-        graph = load_graph(self.graph_path)
-        bits = [linear.scheme.bits for linear in linears(graph) if linear.scheme is not None]
-        if bits:
-            return f"int{min(bits)}"
-        types = {str(value.dtype) for value in graph.graph.initializers.values() if value.shape is not None and len(value.shape) == 2}
-        return "fp16" if "FLOAT16" in types else "bf16" if "BFLOAT16" in types else "fp32"
+        return self.stored.precision
 
     def close(self) -> None:
         """Free what was loaded."""
@@ -278,7 +276,8 @@ def rows_given(found: Artifact | None, settings: VerifySettings) -> dict[str | N
 
 
 def _rows(settings: VerifySettings, found: Artifact | None, baseline: Path, baseline_found: Artifact | None) -> tuple[list[Row], str]:
-    limit = settings.max_rows or _MOST_ROWS
+    emulated = found is not None and found.manifest.facts.get("provider") == "qnn"
+    limit = settings.max_rows or (_MOST_ROWS_EMULATED if emulated else _MOST_ROWS)
     given = rows_given(found, settings).get(None)
     if given is not None:
         return read_rows(given)[:limit], given

@@ -5,6 +5,7 @@ from __future__ import annotations
 from slmops import artifact
 from slmops.data import Tokenizer, encode_prompt, row_format_of
 from slmops.data.templates import value_text
+from slmops.runtime.openvino_folder import differing_texts, has_tokenizer
 from slmops.verification.stages import Stage
 from slmops.verification.subject import Subject, has_answers
 from slmops.verification.texts import PROBES
@@ -35,6 +36,9 @@ def check_tokenizer(subject: Subject) -> Stage:
     ours, theirs = subject.tokenizer, Tokenizer.load(subject.package)
     texts = [*PROBES, *(value_text(value) for row in subject.rows[:_ROWS] for value in row.values() if isinstance(value, str))]
     differing = [text for text in texts if ours.encode(text) != theirs.encode(text) or _decodings_differ(ours, theirs, text)]
+    # A package for OpenVINO may bring its tokenizer as an IR too, for hosts in C++ and JavaScript.
+    by_ir = differing_texts(subject.package, ours, texts) if has_tokenizer(subject.package) else []
+    differing += [text for text in by_ir if text not in differing]
     figures = {"texts": len(texts), "differing": len(differing), "vocabulary": theirs.vocabulary_size}
     bars = {"differing": 0}
     if ours.vocabulary_size != theirs.vocabulary_size:
@@ -82,14 +86,15 @@ def check_template(subject: Subject) -> Stage:
 def check_stop_tokens(subject: Subject) -> Stage:
     """Compare what training appended, what the manifest says and what the runtime will stop at."""
     trained, stated = tuple(subject.baseline_interface.stop_token_ids), tuple(subject.interface.stop_token_ids)
-    raw = subject.runtime_config["model"].get("eos_token_id")
-    runtime = tuple(raw) if isinstance(raw, list) else () if raw is None else (raw,)
+    runtime = subject.stored.stop_tokens
     figures = {"trained": list(trained), "manifest": list(stated), "runtime": list(runtime)}
     name = subject.tokenizer.token
     if subject.found is not None and set(stated) != set(trained):
         text = f"the package stops at {_names(stated, name)}, and the model was trained to stop at {_names(trained, name)}"
     elif not _ends_alike(subject, set(runtime), set(trained)):
-        text = f"genai_config.json stops at {_names(runtime, name)}, and the model was trained to stop at {_names(trained, name)}"
+        text = (
+            f"{subject.stored.config_file} stops at {_names(runtime, name)}, and the model was trained to stop at {_names(trained, name)}"
+        )
     else:
         return Stage("stop_tokens", "pass", f"training, manifest and runtime stop at {_names(trained, name)}", figures, {"differing": 0})
     return Stage("stop_tokens", "fail", f"{text}: answers would run on or break off; export again", figures, {"differing": 0})

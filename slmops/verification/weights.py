@@ -14,13 +14,14 @@ import numpy as np
 
 from slmops import progress
 from slmops.graph import checking, kernels
-from slmops.graph.linears import Linear, Model, linears, load_graph, parts, quantized, weights
+from slmops.graph.linears import load_graph
 from slmops.graph.rewriting import FULL, MAIN
 from slmops.graph.stored_weights import StoredWeights
 from slmops.graph.survival import Share, pooled, share_of
 from slmops.runtime.hugging_face import parameter_shapes
 from slmops.runtime.providers import load_problem
 from slmops.verification.stages import Stage, Verdict, within
+from slmops.verification.stored import Stored
 from slmops.verification.subject import Subject
 from slmops.verification.texts import PROBES
 
@@ -30,35 +31,22 @@ _NOISE_WIDTHS = 3
 
 def check_graph(subject: Subject) -> Stage:
     """Compare the graph with the manifest's recipe, the baseline's layers, and its twin."""
-    graph = load_graph(subject.graph_path)
-    found = linears(graph)
-    shapes = parameter_shapes(subject.baseline)
-    problems = [f"{linear.name} is no layer of the baseline" for linear in found if not parts(linear.name, shapes)] if shapes else []
-    problems += [
-        f"{linear.name} has {linear.outputs} outputs, and the baseline {total}"
-        for linear in found
-        if (total := sum(rows.stop - rows.start for _, rows in parts(linear.name, shapes))) not in (0, linear.outputs)
-    ]
-    if subject.found is not None and "recipe" in subject.found.manifest.facts:
-        problems += checking.problems(subject.package, subject.found.manifest.facts["recipe"]["options"], subject.target)
+    facts = subject.found.manifest.facts if subject.found is not None else None
+    problems = subject.stored.problems(facts, parameter_shapes(subject.baseline))
     if subject.adapters:
         problems += checking.adapter_problems(subject.package)
     if subject.target is not None and subject.target.provider in kernels.PROVIDERS:
         problems += [line for name in (MAIN, FULL) if (line := load_problem(subject.package / name)) is not None]
     if not problems:  # what cannot run is not run
         problems += _last_token_problems(subject)
-    schemes: dict[str, int] = {}
-    for linear in found:
-        dtype = graph.graph.initializers[linear.tensors[0]].dtype.name.lower()
-        key = f"{linear.scheme.bits} bits, blocks of {linear.scheme.block_size}" if linear.scheme else dtype
-        schemes[key] = schemes.get(key, 0) + 1
-    figures = {"layers": len(found), "schemes": schemes, "problems": problems[:20]}
+    schemes = subject.stored.schemes
+    figures = {"layers": sum(schemes.values()), "schemes": schemes, "problems": problems[:20]}
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         return Stage("graph", "fail", f"{'; '.join(problems[:3])}{more}: export again", figures, {"problems": 0})
     shown = ", ".join(f"{count} layers of {key}" for key, count in schemes.items())
     if subject.target is not None and subject.target.provider in kernels.PROVIDERS:
-        placed = kernels.placement(graph)
+        placed = kernels.placement(load_graph(subject.graph_path))
         figures |= {"nodes_of_the_provider": placed.provider, "integer_nodes": placed.host}
         shown += f"; {subject.target.provider} has kernels for all {placed.provider} nodes that compute with floats"
     return Stage("graph", "pass", f"{shown}, as the recipe says", figures, {"problems": 0})
@@ -70,7 +58,7 @@ def _last_token_problems(subject: Subject) -> list[str]:
         return []
     from slmops.runtime.decoder import Cache
 
-    main, full = subject.candidate.shipped, subject.candidate
+    main, full = subject.genai_candidate.shipped, subject.candidate
     sequences = [sequence.ids for sequence in subject.corpus.sequences] or [subject.tokenizer.encode(text) for text in PROBES[4:8]]
     rows = [ids[: full.max_length_tokens] for ids in sequences[:: max(1, len(sequences) // 4)][:4]]
     largest = 0.0
@@ -82,27 +70,21 @@ def _last_token_problems(subject: Subject) -> list[str]:
     return [f"the last token's logits differ by {largest:.2g} between {MAIN} and its twin"] if largest > bar else []
 
 
-def shares(graph: Model, tuned: Path, base: Path) -> list[Share]:
+def shares(stored: Stored, tuned: Path, base: Path) -> list[Share]:
     """Measure the fine-tune's share in every layer that it changed.
 
     Args:
-        graph: of the package, all layers.
+        stored: what the package stores.
         tuned: the baseline, merged, in float.
         base: the model before the fine-tune.
     """
-    shapes = parameter_shapes(tuned)
     after, before = StoredWeights(tuned), StoredWeights(base)
     result: list[Share] = []
-    layers = linears(graph)
-    with progress.task("retention in the weights", total=len(layers), unit="layers") as task:
-        for linear in layers:
-            package = weights(graph, linear)
-            steps = _steps(graph, linear)
-            for name, rows in parts(linear.name, shapes):
-                own = steps[rows] if steps is not None else None
-                share = share_of(name.removesuffix(".weight"), package[rows], before[name], after[name], own)
-                if share is not None:
-                    result.append(share)
+    with progress.task("retention in the weights", total=sum(stored.schemes.values()), unit="layers") as task:
+        for name, package, steps in stored.parts(parameter_shapes(tuned)):
+            share = share_of(name.removesuffix(".weight"), package, before[name], after[name], steps)
+            if share is not None:
+                result.append(share)
             task.advance()
     return result
 
@@ -131,8 +113,3 @@ def weight_verdicts(found: list[Share], bar: float) -> tuple[list[Verdict], dict
         "layers": {s.layer: {"p": s.p, "noise": s.noise} for s in found},
     }
     return verdicts, figures, {"p": [1 - bar, 1 + bar], "p_layer": [1 - _LAYER_BAND, 1 + _LAYER_BAND]}
-
-
-def _steps(graph: Model, linear: Linear) -> np.ndarray | None:
-    """Return the step of each block, (outputs, blocks); None for a float layer."""
-    return np.abs(quantized(graph, linear).scales) if linear.scheme is not None else None

@@ -92,6 +92,7 @@ def exported(page: Page, document: Mapping[str, Any]) -> None:
             # The CPU's provider has the name of its device: once is enough.
             ("target", " ".join(dict.fromkeys(str(document[key]) for key in ("device", "provider", "precision") if document.get(key)))),
             ("level", document.get("level")),
+            *compiled(document),
             ("recipe", recipe_line(document.get("recipe"))),
             ("size", _joined(size(document.get("size_bytes")), f"{number(each, 3)} bytes a parameter" if each else "")),
             ("longest sequence", f"{number(document['max_length_tokens'])} tokens" if document.get("max_length_tokens") else ""),
@@ -102,6 +103,20 @@ def exported(page: Page, document: Mapping[str, Any]) -> None:
     page.warnings(document)
     if out:  # what is not here to run it cannot measure it
         page.next(f"slmops verify {shell(out)}", *([f"slmops bench {shell(out)}"] if document.get("level") == "executed" else []))
+
+
+def compiled(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return of an export that was compiled ahead of time: for which chip, what the NPU takes and what not, and on what it ran."""
+    soc, places = document.get("soc"), document.get("placement") or {}
+    if not soc:
+        return []
+    facts = [("chip", f"{soc['product']}: {soc['part']}, soc_model {soc['soc_model']}, htp_arch {soc['htp_arch']}")]
+    for name, found in places.items():
+        line = f"{found['node_share']:.1%} of {found['nodes']} nodes and {found['weight_share']:.1%} of the weights, in {found['contexts']} piece"
+        facts.append((f"NPU takes, {name}", line + ("s" if found["contexts"] != 1 else "")))
+    left = {name: details for found in places.values() for name, details in found["on_cpu"].items()}
+    facts += [("CPU keeps", f"{details['nodes']} {name}: {details['reason']}") for name, details in left.items()]
+    return [*facts, ("ran once on", str(document.get("executed_on", "")))]
 
 
 def packed(page: Page, document: Mapping[str, Any]) -> None:
