@@ -229,7 +229,7 @@ def test_evaluate_and_its_base_are_measured_on_the_packages_weights(base: Path, 
 def test_a_stopped_run_goes_on_and_only_on_the_same_weights(base: Path, package: Path, rows: Path, tmp_path: Path) -> None:
     from test_training import Stopper
 
-    settings: dict[str, Any] = {"max_steps": 12, "lora_dropout": 0.1}
+    settings: dict[str, Any] = {"max_steps": 12, "lora_dropout": 0.1, "checkpoints": 4}
     whole = finetune(base, rows, tmp_path / "whole", package, **settings)
     with progress.watch(Stopper(7)), pytest.raises(KeyboardInterrupt):
         finetune(base, rows, tmp_path / "out", package, **settings)
