@@ -26,6 +26,7 @@ LADDER = {
     "peft": "PEFT's forward, padded batches of like length, logits of supervised tokens, fp32",
     "patched": "+ layers computed by hand, all pairs in one parameter",
     "joined": "+ rows joined without padding, attention by hand",
+    "shared": "+ what all rows of a batch begin with computed once",
     "block": "+ attention layers as one block",
     "slmops": "+ bf16 where the processor multiplies it (what `slmops finetune` does)",
 }
@@ -74,7 +75,7 @@ def _run(options: argparse.Namespace, name: str) -> dict[str, float]:
 def _ours(options: argparse.Namespace) -> dict[str, float]:
     import slmops
     from slmops.training import step
-    from slmops.training.step import patching, preparing
+    from slmops.training.step import layouts, patching, preparing
 
     name = options.worker
     if name == "peft":
@@ -82,6 +83,8 @@ def _ours(options: argparse.Namespace) -> dict[str, float]:
     if name == "patched":
         preparing._obstacle = lambda model, causal: "left padded"  # pyright: ignore[reportPrivateUsage]
     if name == "joined":
+        layouts.shared_beginning = lambda rows: 0
+    if name in ("joined", "shared"):
         patching.fuse_attention = lambda patched: None
     with tempfile.TemporaryDirectory() as scratch:
         made = slmops.finetune(
