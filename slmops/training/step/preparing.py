@@ -18,7 +18,7 @@ from slmops.training.batches import IGNORED
 from slmops.training.step import attention, patching
 from slmops.training.step.layouts import Joined, Layout, Padded, Row
 from slmops.training.step.pairs import PairStore
-from slmops.training.step.rows import KEY
+from slmops.training.step.rows import KEY, Rows
 
 # Largest distance of a token's hidden state, relative to its length: rounding gives 1e-5 (fp32) and 0.03 (bf16), a token
 # of another row that is seen 0.3 and more.
