@@ -251,14 +251,11 @@ def measure_load(
         before: positions that the method puts before each row; such rows are padded.
         shared: tokens that all rows begin with, which a batch holds once.
     """
-    from slmops.training.step.layouts import MULTIPLE_OF_SUPERVISED
-
     batches = list(Batches(lengths, batch_size, seed).epoch(0))
     if before:
         lengths = [before + length for length in lengths]
     tokens = [-(-(sum(lengths[i] for i in batch) - shared * (len(batch) - 1)) // multiple) * multiple for batch in batches]
-    few = min(multiple, MULTIPLE_OF_SUPERVISED)
-    supervised = [-(-sum(counted[i] for i in batch) // few) * few for batch in batches]
+    supervised = [-(-sum(counted[i] for i in batch) // multiple) * multiple for batch in batches]
     longest = [max(lengths[i] for i in batch) for batch in batches]
     lines = [len(batch) * most for batch, most in zip(batches, longest, strict=True)]
     if before:

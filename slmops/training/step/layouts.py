@@ -16,8 +16,6 @@ from slmops.training.step.lora import Focus
 from slmops.training.step.rows import KEY, Rows, rounded_up
 
 Row = tuple[Sequence[int], Sequence[int]]
-# Few products see supervised tokens alone, so that more shapes of them cost little.
-MULTIPLE_OF_SUPERVISED = 16
 
 
 class Layout(Protocol):
@@ -88,9 +86,7 @@ class Joined:
         labels = torch.tensor([IGNORED] * joined.shared + [label for _, row in rows for label in row[1 + joined.shared :]])
         labels = functional.pad(labels, (0, joined.tokens - joined.real), value=IGNORED)
         supervised, others = (labels != IGNORED).nonzero().flatten(), (labels == IGNORED).nonzero().flatten()
-        filled = rounded_up(max(1, len(supervised)), min(self.multiple, MULTIPLE_OF_SUPERVISED)) - len(
-            supervised
-        )  # a process's share may count nothing
+        filled = rounded_up(max(1, len(supervised)), self.multiple) - len(supervised)  # a process's share may count nothing
         supervised = torch.cat([supervised, others[:filled]])
         tokens = [*rows[0][0][: joined.shared], *(token for ids, _ in rows for token in ids[joined.shared : -1])]
         return {
