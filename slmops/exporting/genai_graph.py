@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from slmops import artifact, targets
+from slmops import artifact, environment, targets
 from slmops.artifact import Draft
 from slmops.config import ExportSettings
 from slmops.data import Interface
@@ -45,6 +45,7 @@ def write_export(draft: Draft, source: Path, interface: Interface, target: targe
             context_tokens=interface.max_length_tokens,
             options=building.float_options(source),
             sources=True,
+            meanwhile=lambda: _prepare(draft, source),
         )
         graph = building.load_built(built, source)
         if recipe.bits:
@@ -55,9 +56,15 @@ def write_export(draft: Draft, source: Path, interface: Interface, target: targe
     problems = checking.problems(draft.folder, recipe.document()["options"])
     if problems:
         raise RunFailed(f"the graph is not the one asked for: {'; '.join(problems)}", "report the model's architecture and this message")
-    draft.add_input("baseline", source)
     draft.interface = interface.model_dump(mode="json")
     draft.facts = export_facts(target, recipe.document(), source, interface, graph_bytes(draft.folder), "executed")
+
+
+def _prepare(draft: Draft, source: Path) -> None:
+    """Do what else an export needs while the builder works: the model's fingerprint, and libraries that are slow to import."""
+    draft.add_input("baseline", source)
+    for library in ("torch", "onnx_ir", "onnxruntime", "onnxruntime_genai"):
+        environment.require(library, "to write an export")
 
 
 def write_runtime_config(source: Path, path: Path, interface: Interface) -> None:

@@ -15,7 +15,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -44,6 +44,7 @@ def build(
     context_tokens: int,
     options: dict[str, str] | None = None,
     sources: bool = False,
+    meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """Write the builder's folder for a model.
 
@@ -55,6 +56,7 @@ def build(
         context_tokens: longest sequence; the rotary tables are made for no more where the model's RoPE allows it.
         options: the builder's extra options.
         sources: leave out of a float graph what the model's files hold; `load_built` reads it there.
+        meanwhile: called while the builder works, which keeps one core busy.
 
     Raises:
         Unavailable: onnxruntime-genai or a library that its builder needs is missing.
@@ -66,17 +68,32 @@ def build(
     kept = _kept(model, context_tokens, wish)
     if kept is not None and kept.is_dir():
         shutil.copytree(kept, out)  # copies: onnx reads no file that has two names
+        if meanwhile is not None:
+            meanwhile()
         return
     with TemporaryDirectory(prefix="slmops-build-") as scratch, progress.task("build the graph"):
         source = bounded_copy(model, Path(scratch) / "model", context_tokens)
         request = {"model": str(source), "out": str(out.resolve()), "cache": str(Path(scratch) / "cache"), **wish}
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request), encoding="utf-8")
-        done = subprocess.run([sys.executable, "-P", str(_PROCESS), str(path)], cwd=scratch, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not (out / "model.onnx").is_file():
-        raise RunFailed(*_failure(done.returncode, done.stderr or done.stdout))
+        code, said = _run_beside([sys.executable, "-P", str(_PROCESS), str(path)], scratch, meanwhile)
+    if code != 0 or not (out / "model.onnx").is_file():
+        raise RunFailed(*_failure(code, said))
     if kept is not None:
         shutil.copytree(out, kept)
+
+
+def _run_beside(command: list[str], folder: str, meanwhile: Callable[[], None] | None) -> tuple[int, str]:
+    """Run a process beside work of our own; return its exit code and what it said."""
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            if meanwhile is not None:
+                meanwhile()
+            output, errors = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
+    return process.returncode, errors or output
 
 
 def float_options(model: Path) -> dict[str, str]:

@@ -23,7 +23,7 @@ class StoredWeights(Mapping[str, np.ndarray]):
         safetensors = environment.require("safetensors", "to read weights")
         self._files: dict[str, Path] = {}
         for file in sorted(folder.glob("*.safetensors")):
-            with safetensors.safe_open(file, framework="pt") as stored:
+            with safetensors.safe_open(file, framework="numpy") as stored:
                 self._files |= dict.fromkeys(stored.keys(), file)
 
     def __getitem__(self, name: str) -> np.ndarray:
