@@ -28,7 +28,12 @@ class SlmopsEvaluator(OliveEvaluator):
     """
 
     def __init__(
-        self, data: str, prompt_template: str | None = None, completion_template: str | None = None, max_rows: int | None = None, **kwargs: Any
+        self,
+        data: str,
+        prompt_template: str | None = None,
+        completion_template: str | None = None,
+        max_rows: int | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.data = data
