@@ -437,7 +437,7 @@ def test_a_broken_state_file_is_an_error_and_not_a_fresh_start(road: Path):
 
 @pytest.mark.slow
 def test_a_killed_finetune_goes_on_from_its_last_checkpoint(road: Path):
-    edit(road, "max_steps: 30", "max_steps: 240, evaluations: 12")
+    edit(road, "max_steps: 30", "max_steps: 240, evaluations: 12, checkpoints: 12")
     checkpoints = road.parent / "runs" / "finetune.partial" / "checkpoints"
     killed = typed(road)
     deadline = time.monotonic() + 120
