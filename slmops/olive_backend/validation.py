@@ -168,7 +168,9 @@ def _foretold(workflow: Mapping[str, Any], target: Any) -> Iterator[str]:
         foretell = getattr(_known_pass(run["type"]), "foretell", None)
         given = _flat(run, set(RunPassConfig.model_fields) - {"config"}, "config")
         lists = [[(name, one) for one in value] if isinstance(value, list) else [(name, value)] for name, value in given.items()]
-        for candidate in itertools.product(*lists) if foretell else ():
+        if foretell is None:
+            continue
+        for candidate in itertools.product(*lists):
             try:
                 foretell(dict(candidate), accelerator)
             except SlmopsError as error:
