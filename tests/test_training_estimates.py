@@ -11,6 +11,7 @@ from tiny import TEMPLATES, make_model, write_rows
 import slmops
 from slmops import environment, progress
 from slmops.config import FinetuneSettings, load
+from slmops.data import Corpus, Encoded
 from slmops.errors import InvalidInput, RunFailed
 
 pytest.importorskip("torch", reason="needs the extra slmops[train]")
@@ -79,14 +80,14 @@ def test_a_run_says_before_what_it_takes_and_keeps_both(base: Path, rows: Path, 
 
 
 def test_more_rows_a_batch_take_more(base: Path, rows: Path) -> None:
-    pairs = [([5] * 40, [-100] * 30 + [5] * 10)] * 64
+    train = Corpus([Encoded([5] * 40, [-100] * 30 + [5] * 10, 30)] * 64)
 
     def needed(**settings: Any) -> int:
-        return estimate(base, pairs, 0, load(FinetuneSettings, None, **settings), "fp32", 10).activations_bytes
+        return estimate(base, train, 0, load(FinetuneSettings, None, **settings), "fp32", 10).activations_bytes
 
     assert needed(batch_size=32) > 3 * needed(batch_size=8)
     settings = load(FinetuneSettings, None, batch_size=32)
-    whole, again = (estimate(base, pairs, 0, settings, "fp32", 10, recomputes=recomputes) for recomputes in (False, True))
+    whole, again = (estimate(base, train, 0, settings, "fp32", 10, recomputes=recomputes) for recomputes in (False, True))
     assert again.activations_bytes < whole.activations_bytes
     assert again.seconds > whole.seconds
 

@@ -12,10 +12,10 @@ from slmops.config import ExportSettings
 from slmops.data import Interface
 from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.errors import RunFailed, Unavailable
+from slmops.exporting.record import eos_token_id, export_facts, graph_bytes
 from slmops.graph import checking
 from slmops.graph.recipes import Recipe, recipe_for
 from slmops.graph.shapes import Shape
-from slmops.runtime import hugging_face
 
 
 def write(draft: Draft, source: Path, interface: Interface, target: targets.Target, settings: ExportSettings, shape: Shape) -> None:
@@ -59,25 +59,14 @@ def write_export(draft: Draft, source: Path, interface: Interface, target: targe
         raise RunFailed(f"the graph is not the one asked for: {'; '.join(problems)}", "report the model's architecture and this message")
     draft.add_input("baseline", source)
     draft.interface = interface.model_dump(mode="json")
-    graphs = [file for file in draft.folder.iterdir() if file.suffix in (".onnx", ".data")]
-    draft.facts = {
-        "device": target.device,
-        "provider": target.provider,
-        "precision": target.precision,
-        "recipe": recipe.document(),
-        "size_bytes": sum(file.stat().st_size for file in graphs),
-        "bytes_per_parameter": round(sum(file.stat().st_size for file in graphs) / hugging_face.parameter_count(source), 4),
-        "level": "executed",
-        "max_length_tokens": interface.max_length_tokens,
-    }
+    draft.facts = export_facts(target, recipe.document(), source, interface, graph_bytes(draft.folder), "executed")
 
 
 def write_runtime_config(source: Path, path: Path, interface: Interface) -> None:
     """Write `genai_config.json` with our stop tokens and length in place of the builder's guesses."""
     content = json.loads(source.read_text(encoding="utf-8"))
     model, search = content["model"], content["search"]
-    stops = list(interface.stop_token_ids)
-    model["eos_token_id"] = stops if len(stops) != 1 else stops[0]
+    model["eos_token_id"] = eos_token_id(interface.stop_token_ids)
     model["context_length"] = interface.max_length_tokens
     search["max_length"] = interface.max_length_tokens
     search["do_sample"] = False

@@ -19,13 +19,14 @@ from slmops.data import Interface
 from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.errors import RunFailed, Unavailable
 from slmops.exporting.genai_graph import run_once, write_runtime_config
+from slmops.exporting.record import export_facts, graph_bytes
 from slmops.graph import checking, kernels, linears
 from slmops.graph.recipes import Recipe, recipe_for
 from slmops.graph.rewriting import FULL, MAIN
 from slmops.graph.shapes import Shape
 from slmops.runtime import hugging_face
 from slmops.runtime.providers import absence, load_problem
-from slmops.targets import Target
+from slmops.targets import Level, Target
 
 
 def write(draft: Draft, source: Path, interface: Interface, target: Target, settings: ExportSettings, shape: Shape) -> None:
@@ -110,17 +111,9 @@ def _refuse_unknown_layers(graph: linears.Model, source: Path, target: Target) -
         )
 
 
-def _facts(folder: Path, source: Path, interface: Interface, target: Target, recipe: Recipe, level: str) -> dict[str, Any]:
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".onnx", ".data"))
+def _facts(folder: Path, source: Path, interface: Interface, target: Target, recipe: Recipe, level: Level) -> dict[str, Any]:
     placed = kernels.placement(linears.load_graph(folder / MAIN))
     return {
-        "device": target.device,
-        "provider": target.provider,
-        "precision": target.precision,
-        "recipe": recipe.document(),
-        "size_bytes": size,
-        "bytes_per_parameter": round(size / hugging_face.parameter_count(source), 4),
-        "level": level,
+        **export_facts(target, recipe.document(), source, interface, graph_bytes(folder), level),
         "checked": {"nodes_of_the_provider": placed.provider, "integer_nodes": placed.host, "executed": level == "executed"},
-        "max_length_tokens": interface.max_length_tokens,
     }

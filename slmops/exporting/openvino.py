@@ -15,6 +15,7 @@ from slmops.config import ExportSettings
 from slmops.data import Interface, Tokenizer
 from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.errors import RunFailed
+from slmops.exporting.record import eos_token_id, export_facts
 from slmops.graph import ir
 from slmops.graph.ir_building import build_ir, ir_recipe
 from slmops.graph.shapes import Shape
@@ -46,25 +47,15 @@ def write(draft: Draft, source: Path, interface: Interface, target: Target, sett
     if problems:
         raise RunFailed(f"the IR is not the one asked for: {'; '.join(problems[:3])}", "report the model's architecture and this message")
     _keep_true_tokenizer(draft, why)
-    size = model_bytes(draft.folder)
     draft.add_input("baseline", source)
     draft.interface = interface.model_dump(mode="json")
-    draft.facts = {
-        "device": target.device,
-        "provider": target.provider,
-        "precision": target.precision,
-        "recipe": recipe.document(),
-        "size_bytes": size,
-        "bytes_per_parameter": round(size / hugging_face.parameter_count(source), 4),
-        "level": _run_once(draft, interface),
-        "max_length_tokens": interface.max_length_tokens,
-    }
+    level = _run_once(draft, interface)
+    draft.facts = export_facts(target, recipe.document(), source, interface, model_bytes(draft.folder), level)
 
 
 def _write_generation_config(folder: Path, interface: Interface) -> None:
     """Write what openvino-genai reads: stop tokens, the longest sequence, greedy."""
-    stops = list(interface.stop_token_ids)
-    content = {"eos_token_id": stops if len(stops) != 1 else stops[0], "max_length": interface.max_length_tokens, "do_sample": False}
+    content = {"eos_token_id": eos_token_id(interface.stop_token_ids), "max_length": interface.max_length_tokens, "do_sample": False}
     if interface.bos_token_id is not None:
         content["bos_token_id"] = interface.bos_token_id
     artifact.write_json(folder / "generation_config.json", content)

@@ -21,11 +21,13 @@ from slmops.config import ExportSettings
 from slmops.data import Interface
 from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.errors import InvalidInput, RunFailed
+from slmops.exporting.record import eos_token_id, export_facts
 from slmops.graph import checking
 from slmops.graph.recipes import recipe_for
 from slmops.graph.shapes import Shape
-from slmops.runtime import hugging_face, qnn_plugin
-from slmops.runtime.static_decoder import DECODE, PAST_LENGTH, PORTABLE, PREFILL, TOTAL_LENGTH
+from slmops.graph.static import PAST_LENGTH, TOTAL_LENGTH
+from slmops.runtime import qnn_plugin
+from slmops.runtime.static_decoder import DECODE, PORTABLE, PREFILL
 from slmops.socs import Soc
 from slmops.targets import Target
 
@@ -61,10 +63,9 @@ def write(draft: Draft, source: Path, interface: Interface, target: Target, sett
     artifact.write_json(draft.folder / "genai_config.json", pipeline_config(config, interface, tokens, pad))
     draft.add_input("baseline", source)
     draft.interface = interface.model_dump(mode="json")
-    draft.facts = _facts(draft.folder, target, interface, soc, recipe.document())
-    size = draft.facts["size_bytes"]
+    size = sum(file.stat().st_size for file in draft.folder.iterdir() if file.suffix in (".onnx", ".bin", ".data"))
+    draft.facts = export_facts(target, recipe.document(), source, interface, size, "compiled") | _facts(draft.folder, soc)
     draft.facts |= {"weights_once": settings.weights_once, "prefill_tokens": tokens}
-    draft.facts["bytes_per_parameter"] = round(size / hugging_face.parameter_count(source), 4)
     draft.facts["executed_on"] = _run_once(draft)
     if settings.weights_once and not qnn_plugin.has_npu():
         draft.warn("with --weights-once the compiled file cannot be run on this machine: `slmops verify` compiles the plain graphs anew")
@@ -101,11 +102,10 @@ def pipeline_config(built: dict[str, Any], interface: Interface, prefill_tokens:
         {"prefill": {"filename": PREFILL, **graph, "run_on_prompt": True, "run_on_token_gen": False}},
         {"decode": {"filename": DECODE, **graph, "run_on_prompt": False, "run_on_token_gen": True}},
     ]
-    stops = list(interface.stop_token_ids)
     changed = {
         "type": "decoder-pipeline",
         "context_length": interface.max_length_tokens,
-        "eos_token_id": stops if len(stops) != 1 else stops[0],
+        "eos_token_id": eos_token_id(interface.stop_token_ids),
         "pad_token_id": pad_token_id,
     }
     search = {**built["search"], "max_length": interface.max_length_tokens, "do_sample": False, "past_present_share_buffer": True}
@@ -159,7 +159,7 @@ def _write_portable(source: Path, out: Path, built: Path, interface: Interface, 
 
     onnx_ir = environment.require("onnx_ir", "to write a graph")
     length = interface.max_length_tokens
-    options = {"fuse_mlp_gate_up": "true"}
+    options = building.float_options(source)
     building.build(source, built, precision="fp32", provider="cpu", context_tokens=length, options=options, sources=True)
     config = json.loads((built / "genai_config.json").read_text(encoding="utf-8"))
     graph = building.load_built(built, source)
@@ -176,7 +176,7 @@ def _write_portable(source: Path, out: Path, built: Path, interface: Interface, 
     return config
 
 
-def _facts(folder: Path, target: Target, interface: Interface, soc: Soc, recipe: dict[str, Any]) -> dict[str, Any]:
+def _facts(folder: Path, soc: Soc) -> dict[str, Any]:
     from slmops.graph.placement import compiled_for, placement
 
     for name in _NAMES:
@@ -185,17 +185,10 @@ def _facts(folder: Path, target: Target, interface: Interface, soc: Soc, recipe:
                 f"the QNN compiler made {name} for another chip than {soc.name}", "report this with your version of onnxruntime-qnn"
             )
     return {
-        "device": target.device,
-        "provider": target.provider,
-        "precision": target.precision,
-        "recipe": recipe,
-        "size_bytes": sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".onnx", ".bin", ".data")),
         "portable_bytes": sum(file.stat().st_size for file in (folder / PORTABLE).iterdir()),
-        "level": "compiled",
         "soc": soc.document(),
         "compiler": f"onnxruntime-qnn {environment.version_of('onnxruntime-qnn')}",
         "placement": {name.removesuffix(".onnx"): placement(folder / PORTABLE / name, folder / name) for name in _NAMES},
-        "max_length_tokens": interface.max_length_tokens,
     }
 
 

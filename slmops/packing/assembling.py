@@ -18,7 +18,7 @@ from slmops.artifact import Artifact, Draft
 from slmops.config import PackSettings, flat, load
 from slmops.data import Interface
 from slmops.errors import BadArtifact, InvalidInput, RunFailed, Unavailable
-from slmops.exporting import choose_bounded_interface, preflight, run_once, write_export
+from slmops.exporting import choose_bounded_interface, eos_token_id, preflight, run_once, write_export
 from slmops.graph import checking
 from slmops.graph.linears import load_graph
 from slmops.graph.lora import save_adapted_twins, slots
@@ -243,7 +243,7 @@ def _configure_runtime(path: Path, stops: list[int]) -> None:
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     content["model"]["decoder"]["filename"] = ADAPTED
-    content["model"]["eos_token_id"] = stops if len(stops) != 1 else stops[0]
+    content["model"]["eos_token_id"] = eos_token_id(stops)
     artifact.write_json(path, content)
 
 

@@ -13,6 +13,8 @@ class Engine:
     """A runtime of exported models."""
 
     name: str
+    title: str
+    """As messages say it."""
     marker: str
     """The file that a folder of it has."""
     weights: tuple[str, ...]
@@ -24,10 +26,17 @@ class Engine:
 
 
 ENGINES = (
-    Engine("openvino", "openvino_model.xml", ("openvino_model.bin",), ("openvino_model.xml", "openvino_model.bin"), "openvino_genai"),
+    Engine(
+        "openvino",
+        "OpenVINO",
+        "openvino_model.xml",
+        ("openvino_model.bin",),
+        ("openvino_model.xml", "openvino_model.bin"),
+        "openvino_genai",
+    ),
     # Before onnxruntime-genai's own: a device without the plugin's Python package runs it by genai (`decoder-pipeline`).
-    Engine("qnn", "prefill.onnx", ("*_qnn.bin",), ("*.onnx", "*_qnn.bin"), "onnxruntime"),
-    Engine("genai", "genai_config.json", ("*.data",), ("*.onnx", "*.data", "*.onnx_adapter"), "onnxruntime_genai"),
+    Engine("qnn", "a Qualcomm NPU", "prefill.onnx", ("*_qnn.bin",), ("*.onnx", "*_qnn.bin"), "onnxruntime"),
+    Engine("genai", "onnxruntime-genai", "genai_config.json", ("*.data",), ("*.onnx", "*.data", "*.onnx_adapter"), "onnxruntime_genai"),
 )
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from slmops import environment
-from slmops.errors import InvalidInput, RunFailed
+from slmops.errors import InvalidInput
 from slmops.graph.rewriting import FULL
+from slmops.runtime.asking import check_ids, check_length, in_order
 from slmops.runtime.decoder import Cache, Decoder, greedy, pieces
 from slmops.runtime.runner import Sampling, Timing
 from slmops.runtime.sessions import ActiveAdapter, Sessions
@@ -69,16 +70,8 @@ class GenaiRunner:
         """Yield the greedy answer to each prompt: see `Runner`. Computed shortest first; given back in order."""
         for ids in prompts:
             self._check(ids, 1)
-        answers: dict[int, list[int]] = {}
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        given = 0
-        while order:
-            rows = order[: self._fitting(order, prompts, max_new_tokens, batch_size)]
-            order = order[len(rows) :]
-            answers |= self._batch(rows, prompts, max_new_tokens, frozenset(stop_token_ids))
-            while given in answers:
-                yield answers.pop(given)
-                given += 1
+        batches = self._batches(prompts, max_new_tokens, batch_size)
+        yield from in_order(self._batch(rows, prompts, max_new_tokens, frozenset(stop_token_ids)) for rows in batches)
 
     def stream(
         self, prompt: Sequence[int], *, max_new_tokens: int, stop_token_ids: Sequence[int], sampling: Sampling | None = None
@@ -227,6 +220,13 @@ class GenaiRunner:
             tokens = greedy(self._decoder.run(tokens[:, None], ends, cache.arrays)[:, -1])
         return answers
 
+    def _batches(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> Iterator[list[int]]:
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        while order:
+            rows = order[: self._fitting(order, prompts, max_new_tokens, batch_size)]
+            order = order[len(rows) :]
+            yield rows
+
     def _fitting(self, order: list[int], prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int) -> int:
         """Return how many of the next rows (sorted by length) fit one batch's cache."""
         per_token = sum(heads * size * np.dtype(dtype).itemsize for heads, size, dtype in self._decoder.cache_shapes)
@@ -238,12 +238,5 @@ class GenaiRunner:
         return count
 
     def _check(self, ids: Sequence[int], new_tokens: int) -> None:
-        if len(ids) == 0:
-            raise InvalidInput("the prompt has no tokens", "give some text")
-        if len(ids) + new_tokens > self.max_length_tokens:
-            raise InvalidInput(
-                f"a prompt of {len(ids)} tokens does not fit the package's {self.max_length_tokens}",
-                "shorten it, or export with a larger --max-length-tokens",
-            )
-        if min(ids) < 0 or max(ids) >= self.vocabulary:  # the embedding takes -1 for the last row, silently
-            raise RunFailed(f"a token id outside 0 to {self.vocabulary - 1}", "the tokenizer is not this model's")
+        check_length(len(ids), new_tokens, self.max_length_tokens)
+        check_ids(ids, self.vocabulary)

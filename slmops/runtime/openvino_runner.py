@@ -23,6 +23,7 @@ import numpy as np
 from slmops import environment
 from slmops.errors import BadArtifact, InvalidInput, RunFailed, Unavailable
 from slmops.graph.ir import MODEL, read_ir, reason
+from slmops.runtime.asking import check_ids, check_length, in_order
 from slmops.runtime.decoder import greedy, pieces
 from slmops.runtime.openvino_folder import device_of, length_of, properties_of
 from slmops.runtime.runner import Sampling, Timing
@@ -74,14 +75,8 @@ class OpenvinoRunner:
         for i, ids in enumerate(prompts):
             self._check(ids, 1)
             by_length.setdefault(len(ids), []).append(i)
-        answers: dict[int, list[int]] = {}
-        given = 0
-        for _, same in sorted(by_length.items()):
-            for at in range(0, len(same), batch_size):
-                answers |= self._batch(same[at : at + batch_size], prompts, max_new_tokens, frozenset(stop_token_ids))
-                while given in answers:
-                    yield answers.pop(given)
-                    given += 1
+        batches = (same[at : at + batch_size] for _, same in sorted(by_length.items()) for at in range(0, len(same), batch_size))
+        yield from in_order(self._batch(rows, prompts, max_new_tokens, frozenset(stop_token_ids)) for rows in batches)
 
     def stream(
         self, prompt: Sequence[int], *, max_new_tokens: int, stop_token_ids: Sequence[int], sampling: Sampling | None = None
@@ -276,12 +271,5 @@ class OpenvinoRunner:
         return self._openvino.Tensor(np.array([ids], np.int64))
 
     def _check(self, ids: Sequence[int], new_tokens: int) -> None:
-        if len(ids) == 0:
-            raise InvalidInput("the prompt has no tokens", "give some text")
-        if len(ids) + new_tokens > self.max_length_tokens:
-            raise InvalidInput(
-                f"a prompt of {len(ids)} tokens does not fit the package's {self.max_length_tokens}",
-                "shorten it, or export with a larger --max-length-tokens",
-            )
-        if min(ids) < 0 or max(ids) >= self.vocabulary:
-            raise RunFailed(f"a token id outside 0 to {self.vocabulary - 1}", "the tokenizer is not this model's")
+        check_length(len(ids), new_tokens, self.max_length_tokens)
+        check_ids(ids, self.vocabulary)

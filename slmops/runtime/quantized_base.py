@@ -61,7 +61,7 @@ def find_quantized_base(folder: Path, base: Path) -> QuantizedBase:
     engine = engine_of(folder)
     if engine is not None and engine.name != "genai":
         raise Unavailable(
-            f"{folder} is an export for OpenVINO, and adapters are trained on the weights of one for onnxruntime only",
+            f"{folder} is an export for {engine.title}, and adapters are trained on the weights of one for onnxruntime only",
             f"slmops export {base} -o OUT --device cpu, or train without --quantized-base",
         )
     environment.require("onnx_ir", "to read the weights of a quantized base")

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import numpy as np
 
 from slmops import artifact, socs
-from slmops.errors import BadArtifact, InvalidInput, RunFailed, Unavailable
+from slmops.errors import BadArtifact, Unavailable
 from slmops.runtime import qnn_plugin
+from slmops.runtime.asking import LONGER_EXPORT, check_ids
 from slmops.runtime.decoder import greedy
 from slmops.runtime.runner import Sampling, Timing
 from slmops.runtime.static_decoder import PORTABLE, StaticDecoder
@@ -149,17 +150,14 @@ class StaticRunner:
         return qnn_plugin.open_session(plain if self.way == "compiled anew" else self.folder / name, soc, self.threads)
 
     def _check(self, ids: Sequence[int], new_tokens: int) -> None:
-        if len(ids) == 0:
-            raise InvalidInput("the prompt has no tokens", "give some text")
         if len(ids) + new_tokens > self.max_length_tokens:
             raise self._too_long(f"a prompt of {len(ids)} tokens does not fit")
-        if min(ids) < 0 or max(ids) >= self.vocabulary:
-            raise RunFailed(f"a token id outside 0 to {self.vocabulary - 1}", "the tokenizer is not this model's")
+        check_ids(ids, self.vocabulary)
 
     def _too_long(self, what: str) -> Unavailable:
         return Unavailable(
             f"{what} the package's cache, which holds {self.max_length_tokens} tokens and cannot grow",
-            "shorten it, or export with a larger --max-length-tokens",
+            LONGER_EXPORT,
         )
 
 

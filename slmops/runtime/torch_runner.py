@@ -11,6 +11,7 @@ import numpy as np
 
 from slmops import environment
 from slmops.errors import InvalidInput, RunFailed
+from slmops.runtime.asking import in_order
 from slmops.runtime.runner import Sampling, Timing
 
 if TYPE_CHECKING:
@@ -57,13 +58,8 @@ class TorchRunner:
     ) -> Iterator[list[int]]:
         """Yield the greedy answer to each prompt: see `Runner`. Prompts of one length run together, with the KV cache."""
         stops = frozenset(stop_token_ids)
-        answers: dict[int, list[int]] = {}
-        given = 0
-        for batch in self._equal_lengths(prompts, 1 << 30, batch_size):
-            answers |= self._batch(batch, prompts, max_new_tokens, stops)
-            while given in answers:
-                yield answers.pop(given)
-                given += 1
+        batches = self._equal_lengths(prompts, 1 << 30, batch_size)
+        yield from in_order(self._batch(batch, prompts, max_new_tokens, stops) for batch in batches)
 
     def stream(
         self, prompt: Sequence[int], *, max_new_tokens: int, stop_token_ids: Sequence[int], sampling: Sampling | None = None

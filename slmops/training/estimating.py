@@ -12,16 +12,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slmops import environment
 from slmops.config import FinetuneSettings
+from slmops.data import Corpus
 from slmops.errors import RunFailed
 from slmops.training import methods
 from slmops.training.batches import IGNORED, Batches
-
-if TYPE_CHECKING:
-    from slmops.training.trainer import Row
 
 # Adam (arXiv 1412.6980) keeps two moments of each weight in fp32, beside its gradient.
 _OPTIMIZER_BYTES = 12
@@ -127,7 +125,7 @@ class Load:
 
 def estimate(
     base: Path,
-    rows: Sequence[Row],
+    train: Corpus,
     validation: int,
     settings: FinetuneSettings,
     precision: str,
@@ -140,7 +138,7 @@ def estimate(
 
     Args:
         base: Hugging Face folder of the model.
-        rows: (ids, labels) to train on.
+        train: rows to learn.
         validation: rows of validation, measured in each of the run's evaluations.
         settings: of the run.
         precision: of the frozen weights, "fp32" or "bf16".
@@ -155,8 +153,8 @@ def estimate(
     sizes, on_gpu = read_sizes(base, settings), torch.cuda.is_available()
     wide = 2 if precision == "bf16" else 4
     load = measure_load(
-        [len(ids) for ids, _ in rows],
-        [sum(label != IGNORED for label in labels[1:]) for _, labels in rows],
+        [len(sequence.ids) for sequence in train.sequences],
+        [sum(label != IGNORED for label in sequence.labels[1:]) for sequence in train.sequences],
         -(-settings.optimizer.batch_size // processes),
         settings.run.seed,
         multiple=fill_to(sizes.base, bf16_on_cpu=wide == 2 and not on_gpu),
@@ -188,16 +186,16 @@ def estimate(
     )
 
 
-def affordable(base: Path, rows: Sequence[Row], validation: int, settings: FinetuneSettings, *others: Any) -> Estimate:
+def affordable(base: Path, train: Corpus, validation: int, settings: FinetuneSettings, *others: Any) -> Estimate:
     """Estimate a run, with activations computed anew on the way back where it fits into memory only so (or as the settings say).
 
     Raises:
         RunFailed: it does not fit either way.
     """
     asked = settings.run.activation_checkpoints
-    found = estimate(base, rows, validation, settings, *others, recomputes=asked == "on")
+    found = estimate(base, train, validation, settings, *others, recomputes=asked == "on")
     if asked == "auto" and not found.affordable:
-        found = estimate(base, rows, validation, settings, *others, recomputes=True)
+        found = estimate(base, train, validation, settings, *others, recomputes=True)
     if not found.affordable:
         needed, available = found.needed_and_available()
         raise RunFailed(

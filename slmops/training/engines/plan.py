@@ -11,7 +11,7 @@ from slmops.config import FinetuneSettings
 from slmops.data import Corpus
 from slmops.runtime.quantized_base import QuantizedBase
 from slmops.training import checkpoints, methods, processes
-from slmops.training.engines.outcome import pairs_of, total_steps
+from slmops.training.engines.outcome import total_steps
 from slmops.training.objectives.material import Course
 from slmops.training.precision import choose_precision
 from slmops.training.processes import Team
@@ -36,7 +36,7 @@ def foretell(
         return None
     steps = total_steps(settings, course.rows_per_epoch(train))
     precision = precision_of(settings, package)
-    found = affordable(base, pairs_of(train), len(validation.sequences), settings, precision, steps, team.size)
+    found = affordable(base, train, len(validation.sequences), settings, precision, steps, team.size)
     if team.leads:
         how = f"{precision}, activations computed twice to save memory" if found.recomputes else precision
         progress.say(f"will take about {found.memory_bytes / 1e9:.2f} GB of memory and {_duration(found.seconds)} ({how})")
