@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import ROWS, make_adapter, make_export, make_model
+from tiny import ROWS, make_adapter, make_export, make_model, write_rows
 
 pytest.importorskip("olive", reason="needs the extra slmops[olive]")
 
+from slmops import artifact
 from slmops.olive_backend.process import child_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,8 +22,11 @@ PAGE = (ROOT / "docs" / "olive.md").read_text()
 BLOCKS = re.findall(r"```console\n\$ olive (.+)\n((?:.+\n)+)```", PAGE)
 # All in one process: loading Olive takes longer than most of the commands.
 RUNNER = """
-import json, sys, traceback
+import json, runpy, sys, traceback
+from contextlib import redirect_stdout
 from olive.cli.launcher import main
+with open("package_config.json", "w") as stream, redirect_stdout(stream):  # as on the page
+    runpy.run_module("slmops.olive_backend.package_config", run_name="__main__")
 for number, words in enumerate(json.loads(sys.argv[1])):
     code = 0
     try:
@@ -47,13 +51,12 @@ def misspelt() -> dict:
 
 @pytest.mark.slow
 def test_every_command_of_the_page_does_what_it_says(tmp_path: Path):
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
     model = make_model(tmp_path / "model")
     make_adapter(tmp_path / "adapter", model)
     make_export(tmp_path / "export", model, "int4")
-    lines = [json.dumps({**row, "text": row["text"]}) + "\n" for row in ROWS * 4]
     for name in ("train.jsonl", "rows.jsonl"):
-        (tmp_path / name).write_text("".join(lines))
+        write_rows(tmp_path / name, ROWS * 4)
     (tmp_path / "olive_configs").symlink_to(ROOT / "olive_configs")
     (tmp_path / "misspelt.json").write_text(json.dumps(misspelt()))
     commands = [shlex.split(command) for command, _ in BLOCKS]
@@ -78,6 +81,14 @@ def test_every_command_of_the_page_does_what_it_says(tmp_path: Path):
             assert said == f"exit code {code}", f"{command}: {output[-2000:]}"
             if left:
                 assert (tmp_path / left.removeprefix("no ")).exists() != left.startswith("no "), f"{command}: {output[-2000:]}"
+    # The last one is plain `olive run` with a pass of ours in it: what it made is what the command makes.
+    artifact.check(artifact.load(tmp_path / "int4_out"))
+    assert figures(tmp_path / "int4_out") == figures(tmp_path / "export")
+
+
+def figures(folder: Path) -> dict[str, str]:
+    """Hashes of what a package computes with."""
+    return {name: artifact.sha256_file(folder / name) for name in ("model.onnx.data", "genai_config.json")}
 
 
 def test_the_page_names_the_commands_of_olives_tutorials():
