@@ -167,6 +167,8 @@ def batch(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("batch")
     furnish(folder, made)
     (folder / "tmp").mkdir()
+    for name in ("int8", "fp16"):  # as `slmops export -o int8` makes them: Olive takes a setting of that name for the folder
+        (folder / name).mkdir()
     half = make_model(folder / "half")
     AutoModelForCausalLM.from_pretrained(half, dtype=torch.bfloat16).save_pretrained(half)
     workflows = {name: workflow(f"{name}.json") for name in ("int8_cpu", "pack_cpu", "fp16_cuda", "int4_qnn", "int4_openvino", "merge")}

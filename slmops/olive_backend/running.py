@@ -20,6 +20,7 @@ from slmops.config import RunWorkflowSettings, load
 from slmops.errors import BadArtifact, InvalidInput, RunFailed, SlmopsError, Unavailable
 from slmops.olive_backend.process import child_environment, last_error
 from slmops.olive_backend.requirements import require_olive
+from slmops.olive_backend.workflow_file import cache_warnings, output_folder, read_workflow
 
 _POLL_SECONDS = 0.2
 LOG = "olive.log"
@@ -29,6 +30,10 @@ _TOLD = re.compile(
     r"\[(INFO|WARNING|ERROR)\] \[[^]]*\] (Running pass .+|Pass .+ finished in .+|Step \d+ with .+|Input model evaluation results.*)"
 )
 _ERRORS: dict[int, type[SlmopsError]] = {error.exit_code: error for error in (RunFailed, InvalidInput, Unavailable, BadArtifact)}
+_ON_NF4 = (
+    "it learned on the base in nf4, and a plain PEFT folder does not say so: `slmops merge` would put it on the base in float; "
+    "`slmops finetune --method qlora --engine olive` keeps it in its manifest"
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,10 @@ class WorkflowRun:
                 return place if place.is_dir() else place.parent
         return self.out
 
+    @property
+    def _quantized(self) -> bool:
+        return any(each["type"].lower() == "qlora" for each in self.result["passes"])
+
     def document(self) -> dict[str, Any]:
         """Return the JSON form."""
         common = {"workflow": str(self.workflow), "passes": self.result["passes"], "warnings": self.warnings}
@@ -59,13 +68,14 @@ class WorkflowRun:
         adapter = self.result.get("adapter_path")
         kind = found.manifest.kind if found else "adapter" if adapter else "model"
         facts = found.manifest.facts if found else {}
+        warnings = [*self.warnings, *(found.manifest.warnings if found else []), *([_ON_NF4] if adapter and self._quantized else [])]
         return {
             **{key: facts[key] for key in ("device", "provider", "precision", "level", "size_bytes", "recipe") if key in facts},
             "artifact": _near(self.made),
             "kind": kind,
             "base": _near(Path(self.result["model_path"])) if adapter else None,
             **common,
-            "warnings": [*self.warnings, *(found.manifest.warnings if found else [])],
+            "warnings": warnings,
             "model_type": self.result["model_type"],
             "metrics": self.result["metrics"],
             "runs": self.result["runs"],
@@ -91,11 +101,11 @@ def run_workflow(workflow: str | Path, *, config: Any = None, **overrides: Any) 
     settings = load(RunWorkflowSettings, config, **overrides)
     path = Path(workflow)
     require_olive("to run a workflow")
-    content = _read(path)
-    out = _output_folder(content, path)
+    content = read_workflow(path)
+    out = output_folder(content, path)
     if not settings.check:
         _free(out, force=settings.force)
-    warnings = _warnings(content)
+    warnings = cache_warnings(content)
     with TemporaryDirectory(prefix="slmops-olive-", dir=_parent(out)) as scratch:
         work = Path(scratch)
         (work / "tmp").mkdir()
@@ -111,45 +121,6 @@ def run_workflow(workflow: str | Path, *, config: Any = None, **overrides: Any) 
         if not settings.check:
             shutil.copyfile(work / LOG, out / LOG)
     return WorkflowRun(path, out, result, settings.check, warnings)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return the workflow as far as it must be known here; the rest is checked in Olive's process."""
-    if not path.is_file():
-        raise InvalidInput(f"no such file: {path}", "give the path of a workflow of Olive's (JSON)")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        where = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise InvalidInput(f"{path}{where}: broken JSON ({' '.join(str(error).split())})", "mend that line") from None
-    if not isinstance(content, dict):
-        raise InvalidInput(
-            f"{path} holds a {type(content).__name__}, not a workflow", "a workflow is a mapping with input_model and passes"
-        )
-    return content
-
-
-def _engine(content: dict[str, Any], key: str) -> Any:
-    engine = content.get("engine")
-    return content.get(key) or (engine.get(key) if isinstance(engine, dict) else None)
-
-
-def _output_folder(content: dict[str, Any], path: Path) -> Path:
-    given = _engine(content, "output_dir")
-    if not given or not isinstance(given, str):
-        raise InvalidInput(f"{path} says no output_dir, and Olive would write into this folder", 'add "output_dir": "out"')
-    if Path(given).suffix:  # engine.py:199
-        raise InvalidInput(f"output_dir {given}: Olive takes a name with a dot for a file", "choose a name without one")
-    return Path(given)
-
-
-def _warnings(content: dict[str, Any]) -> list[str]:
-    cache = Path(_engine(content, "cache_dir") or ".olive-cache")
-    if cache.is_dir() and not _engine(content, "clean_cache"):
-        return [
-            f'results in {cache} are taken again where paths and settings are the same, whatever the files hold now: say "clean_cache": true'
-        ]
-    return []
 
 
 def _free(out: Path, *, force: bool) -> None:

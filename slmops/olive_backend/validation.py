@@ -10,16 +10,17 @@ import copy
 import dataclasses
 import inspect
 import itertools
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from slmops.errors import InvalidInput, SlmopsError
+from slmops import artifact
+from slmops.errors import InvalidInput, SlmopsError, Unavailable
 from slmops.olive_backend.package_config import package_config
 from slmops.olive_backend.requirements import require_olive
+from slmops.olive_backend.workflow_file import read_workflow
 
 # What Olive, pydantic and a user script raise for a workflow that is wrong.
 _REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, AssertionError, SyntaxError, NameError)
@@ -32,19 +33,36 @@ def validate(path: str | Path) -> dict[str, Any]:
 
     Raises:
         InvalidInput: no such file, not JSON, or a workflow with problems; all of them are named.
-        Unavailable: Olive is not installed.
+        Unavailable: Olive is not installed, or the workflow would merge an adapter into another base than it learned on.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InvalidInput(f"no such file: {path}", "give the path of a workflow of Olive's (JSON)")
-    try:
-        workflow = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InvalidInput(f"{path} line {error.lineno}: broken JSON ({error.msg}, column {error.colno})", "mend that line") from None
+    workflow = read_workflow(Path(path))
     found = problems(workflow)
     if found:
         raise InvalidInput(f"{path} is not a workflow that Olive would follow: {'; '.join(found)}", "mend what is named")
+    _refuse_merge_of_qlora(workflow)
     return workflow
+
+
+def _refuse_merge_of_qlora(workflow: Mapping[str, Any]) -> None:
+    """Refuse `MergeAdapterWeights` behind a QLoRA pass, or on an adapter of `slmops finetune --method qlora`.
+
+    Olive drops the quantization before it merges (merge_adapter_weights.py:44): what the adapter learned to make up for the rounding
+    of its base then stays in the model as an error (peft#2321).
+
+    Raises:
+        Unavailable: with the commands that merge such an adapter into the base's values in nf4.
+    """
+    types = [str(run["type"]).lower() for _, run in _runs(workflow["passes"])]
+    if "mergeadapterweights" not in types:
+        return
+    brought = _flat(workflow["input_model"], {"type"}, "config").get("adapter_path")
+    found = artifact.find(Path(brought)) if isinstance(brought, str) and Path(brought).is_dir() else None
+    learned_on_nf4 = found is not None and found.manifest.facts.get("method") == "qlora"
+    if learned_on_nf4 or "qlora" in types[: types.index("mergeadapterweights")]:
+        raise Unavailable(
+            "MergeAdapterWeights puts the adapter on the base in float, and it learned on it in nf4: the merged model was never trained",
+            "slmops merge ADAPTER" if learned_on_nf4 else "slmops finetune MODEL ROWS --method qlora --engine olive, then slmops merge",
+        )
 
 
 def problems(workflow: Mapping[str, Any]) -> list[str]:

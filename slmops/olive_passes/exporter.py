@@ -10,7 +10,7 @@ from slmops import targets
 from slmops.config import ExportSettings, load
 from slmops.exporting import export
 from slmops.olive_passes.handover import handler_of, model_folder, told_to_olive
-from slmops.olive_passes.parameters import parameters, place
+from slmops.olive_passes.parameters import given, parameters, place
 
 # What a search tries unless the workflow names the values.
 _SEARCHED: dict[str, list[Any]] = {"precision": ["int4", "int8"], "block_size": [32, 64]}
@@ -29,17 +29,17 @@ class SlmopsExport(Pass):
         return parameters(ExportSettings, searched=_SEARCHED)
 
     @classmethod
-    def foretell(cls, given: dict[str, Any], accelerator_spec: Any) -> None:
+    def foretell(cls, wanted: dict[str, Any], accelerator_spec: Any) -> None:
         """Raise the error of slmops that a run would end with, as far as it can be known before one.
 
         Args:
-            given: the parameters in the workflow, of one candidate.
+            wanted: the parameters in the workflow, of one candidate.
             accelerator_spec: the workflow's target.
         """
-        settings = load(ExportSettings, given, **place(accelerator_spec))
+        settings = load(ExportSettings, wanted, **place(accelerator_spec))
         targets.find(settings.device, settings.provider, settings.precision)
 
     def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> Any:
         with told_to_olive():
-            given = {name: getattr(config, name) for name in parameters(ExportSettings)}
-            return handler_of(export(model_folder(model), out=output_model_path, force=True, **given, **place(self.accelerator_spec)))
+            wish = {**given(config, parameters(ExportSettings)), **place(self.accelerator_spec)}
+            return handler_of(export(model_folder(model), out=output_model_path, force=True, **wish))

@@ -11,7 +11,7 @@ from slmops import targets
 from slmops.config import PackSettings, load
 from slmops.errors import InvalidInput
 from slmops.olive_passes.handover import base_folder, handler_of, told_to_olive
-from slmops.olive_passes.parameters import parameters, place
+from slmops.olive_passes.parameters import given, parameters, place
 from slmops.packing import pack
 
 _OWN = ("adapter", "remove")
@@ -38,22 +38,22 @@ class SlmopsPack(Pass):
         }
 
     @classmethod
-    def foretell(cls, given: dict[str, Any], accelerator_spec: Any) -> None:
+    def foretell(cls, wanted: dict[str, Any], accelerator_spec: Any) -> None:
         """Raise the error of slmops that a run would end with, as far as it can be known before one.
 
         Args:
-            given: the parameters in the workflow, of one candidate.
+            wanted: the parameters in the workflow, of one candidate.
             accelerator_spec: the workflow's target.
         """
-        own = {name: value for name, value in given.items() if name not in ("adapters", "adapter_name")}
+        own = {name: value for name, value in wanted.items() if name not in ("adapters", "adapter_name")}
         settings = load(PackSettings, own, **place(accelerator_spec))
         targets.find(settings.device, settings.provider, settings.precision)
 
     def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> Any:
         with told_to_olive():
             adapters = _adapters(model, config)
-            given = {name: getattr(config, name) for name in parameters(PackSettings, without=_OWN)}
-            wish = {**given, **place(self.accelerator_spec), "adapter": [f"{name}={path}" for name, path in adapters.items()]}
+            own = given(config, parameters(PackSettings, without=_OWN))
+            wish = {**own, **place(self.accelerator_spec), "adapter": [f"{name}={path}" for name, path in adapters.items()]}
             return handler_of(pack(base_folder(model), out=output_model_path, force=True, **wish))
 
 
@@ -63,18 +63,18 @@ def _adapters(model: Any, config: Any) -> dict[str, str]:
     Raises:
         InvalidInput: none at all, or one that has no name.
     """
-    adapters = dict(config.adapters or {})
-    if bool(model.adapter_path) != bool(config.adapter_name):
+    adapters, name = dict(config.adapters or {}), given(config, ["adapter_name"])["adapter_name"]
+    if bool(model.adapter_path) != bool(name):
         lacks = (
             "adapter_name is missing: the model brings an adapter"
             if model.adapter_path
             else "adapter_name is given, and the model brings no adapter"
         )
         raise InvalidInput(f"SlmopsPack: {lacks}", "name it where there is one, and only there")
-    if config.adapter_name in adapters:
-        raise InvalidInput(f"SlmopsPack: the name {config.adapter_name} is given twice", "give each adapter a name of its own")
+    if name in adapters:
+        raise InvalidInput(f"SlmopsPack: the name {name} is given twice", "give each adapter a name of its own")
     if model.adapter_path:
-        adapters[config.adapter_name] = str(model.adapter_path)
+        adapters[name] = str(model.adapter_path)
     if not adapters:
         raise InvalidInput("SlmopsPack: there is no adapter to pack", 'give `adapters`: {"NAME": "FOLDER"}, or use SlmopsExport')
     return adapters

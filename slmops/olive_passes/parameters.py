@@ -6,7 +6,8 @@ provider are not among them: a workflow says them once, in the system that is it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from slmops import targets
@@ -54,3 +55,17 @@ def place(accelerator: Any) -> dict[str, str]:
     if str(named) not in known:
         raise Unavailable(f"slmops exports nothing for {named}", f"name one of {', '.join(known)} in the workflow's target")
     return {"device": device, "provider": known[str(named)]}
+
+
+def given(config: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return the parameters that a pass runs with.
+
+    Olive 0.13 makes an absolute path of any text that names a file or folder here (cache.py:314): of precision "int4" too, where
+    there is a folder of that name. None of these parameters is a path, so the last part is what the workflow says.
+
+    Args:
+        config: as Olive gives it to a pass.
+        names: of the parameters, none of them a path.
+    """
+    values = {name: getattr(config, name) for name in names}
+    return {name: Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value for name, value in values.items()}
