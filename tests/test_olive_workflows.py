@@ -299,3 +299,13 @@ def test_a_pass_that_fails_is_an_error_with_olives_line(place: Path, capsys: pyt
     assert code_of("olive", "run", "broken.json", "--threads", "1") == 1
     assert "Olive made no model of broken.json: RuntimeError: No adapter path found" in capsys.readouterr().err
     assert [file.name for file in (place / "merged_out").iterdir()] == [LOG]
+
+
+@pytest.mark.slow
+def test_force_replaces_nothing_where_nothing_comes_out(place: Path, capsys: pytest.CaptureFixture[str]):
+    (place / "int4_out").mkdir()
+    (place / "int4_out" / "model_config.json").write_text("{}")  # by which Olive's folders are known
+    (place / "model").unlink()
+    assert code_of("olive", "run", "olive_configs/int4_cpu.json", "--force") == InvalidInput.exit_code
+    assert "input_model: no such folder: model" in capsys.readouterr().err
+    assert [file.name for file in (place / "int4_out").iterdir()] == ["model_config.json"]

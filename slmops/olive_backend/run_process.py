@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops import environment
-from slmops.errors import SlmopsError
+from slmops.errors import InvalidInput, SlmopsError
 
 NO_MODEL = 4
 
@@ -28,6 +28,7 @@ def main(work: Path) -> int:
         if request["check"]:
             _write(work / "result.json", {"passes": named_passes(workflow), "peak_memory_bytes": environment.peak_memory_bytes()})
             return 0
+        require_model(workflow)
         from olive.workflows import run
 
         # Olive changes the mapping that it is given.
@@ -41,6 +42,18 @@ def main(work: Path) -> int:
         return NO_MODEL
     _write(work / "result.json", outcome(output, workflow))
     return 0
+
+
+def require_model(workflow: dict[str, Any]) -> None:
+    """Refuse a Hugging Face model that is no folder: Olive would ask the hub for it.
+
+    Raises:
+        InvalidInput: there is no such folder.
+    """
+    model = workflow["input_model"]
+    path = (model.get("config") or model).get("model_path")
+    if str(model["type"]).lower() == "hfmodel" and isinstance(path, str) and not Path(path).is_dir():
+        raise InvalidInput(f"input_model: no such folder: {path}", "give the folder of a Hugging Face model; nothing is downloaded")
 
 
 def named_passes(workflow: dict[str, Any]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from slmops.olive_backend.workflow_file import cache_warnings, output_folder, re
 
 _POLL_SECONDS = 0.2
 LOG = "olive.log"
+_PREVIOUS = "previous"
 # Files by which Olive's own output folders are known (olive 0.13, engine.py).
 _TRACES = ("model_config.json", "run_history.txt", "footprint.json", LOG)
 _TOLD = re.compile(
@@ -104,11 +105,13 @@ def run_workflow(workflow: str | Path, *, config: Any = None, **overrides: Any) 
     content = read_workflow(path)
     out = output_folder(content, path)
     if not settings.check:
-        _free(out, force=settings.force)
+        _require_free(out, force=settings.force)
     warnings = cache_warnings(content)
     with TemporaryDirectory(prefix="slmops-olive-", dir=_parent(out)) as scratch:
         work = Path(scratch)
         (work / "tmp").mkdir()
+        if not settings.check and out.is_dir():
+            out.rename(work / _PREVIOUS)
         request = {"workflow": str(path), "check": settings.check}
         (work / "request.json").write_text(json.dumps(request), encoding="utf-8")
         label = "check the workflow" if settings.check else f"run {path.name}"
@@ -116,15 +119,15 @@ def run_workflow(workflow: str | Path, *, config: Any = None, **overrides: Any) 
             result = _judge(work, _execute(work, settings.threads or environment.usable_cores(), label), path, out)
         except (SlmopsError, KeyboardInterrupt) as error:
             if not settings.check:
-                _clear(work, out, keep_log=isinstance(error, RunFailed))
+                _restore(work, out, keep_log=isinstance(error, RunFailed))
             raise
         if not settings.check:
             shutil.copyfile(work / LOG, out / LOG)
     return WorkflowRun(path, out, result, settings.check, warnings)
 
 
-def _free(out: Path, *, force: bool) -> None:
-    """Empty the output folder where that is allowed: Olive writes into whatever lies there.
+def _require_free(out: Path, *, force: bool) -> None:
+    """Refuse an output folder that may not be replaced: Olive writes into whatever lies there.
 
     Raises:
         BadArtifact: it is not empty, and nothing allows to replace it.
@@ -139,12 +142,13 @@ def _free(out: Path, *, force: bool) -> None:
         raise BadArtifact(
             f"output_dir {out} is not empty and was not written by Olive: --force leaves it alone", "choose another in the workflow"
         )
-    shutil.rmtree(out)
 
 
-def _clear(work: Path, out: Path, *, keep_log: bool) -> None:
-    """Take away what a run that failed left in its output folder, which was empty before, but the log."""
+def _restore(work: Path, out: Path, *, keep_log: bool) -> None:
+    """Put back what lay in the output folder before a run that failed, with that run's log."""
     shutil.rmtree(out, ignore_errors=True)
+    if (work / _PREVIOUS).is_dir():
+        (work / _PREVIOUS).rename(out)
     if keep_log:
         out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(work / LOG, out / LOG)

@@ -52,9 +52,9 @@ def _following(document: Mapping[str, Any], out: str) -> list[str]:
     if kind in ("export", "package"):
         return [f"slmops verify {shell(out)}", *([f"slmops bench {shell(out)}"] if document.get("level") == "executed" else [])]
     if kind == "adapter" and any(str(each["type"]).lower() == "qlora" for each in document.get("passes") or []):
-        return [f"slmops show {shell(out)}"]  # no merge: it learned on the base in nf4, and nothing in the folder says so
+        return []  # no merge: it learned on the base in nf4, and nothing in the folder says so
     if kind == "adapter":
         return [f"slmops merge {shell(out)} --base {shell(document.get('base') or 'MODEL')} -o {beside(Path(out).parent, 'merged')}"]
     if document.get("model_type", "").lower() == "hfmodel":
         return [f"slmops export {shell(out)} -o {beside(Path(out).parent, 'export')}"]
-    return [f"slmops show {shell(out)}"]
+    return []
