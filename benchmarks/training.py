@@ -4,10 +4,12 @@ Every run is a process of its own (its peak memory is its own too); sides altern
 
     python benchmarks/training.py MODEL rows.jsonl --prompt-template '{text}\\nIntent:' --completion-template ' {intent}' --rows 2000
     python benchmarks/training.py MODEL rows.jsonl ... --ladder          # our step, built up part by part
+    python benchmarks/training.py MODEL rows.jsonl ... --olive           # beside `olive finetune` too
     python benchmarks/training.py MODEL rows.jsonl ... --without trl
 
 One epoch, batches of 8, rank 16 on all linear layers, learning rate 1e-3, no validation, the same stop token. TRL's other
-settings are its defaults, in fp32. Seconds are of the training loop, and of the whole process.
+settings are its defaults, in fp32. Seconds are of the training loop, and of the whole process. `olive finetune` joins rows
+to blocks of 64 tokens: it gets the steps of 8 blocks that hold as many tokens as the epoch's rows.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ LADDER = {
     "peft": "PEFT's forward, padded batches of like length, logits of supervised tokens, fp32",
     "patched": "+ layers computed by hand, all pairs in one parameter",
     "joined": "+ rows joined without padding, attention by hand",
+    "shared": "+ what all rows of a batch begin with computed once",
     "block": "+ attention layers as one block",
     "slmops": "+ bf16 where the processor multiplies it (what `slmops finetune` does)",
 }
@@ -34,9 +37,9 @@ LADDER = {
 def main() -> None:
     options = _options()
     if options.worker:
-        print("RESULT " + json.dumps(_trl(options) if options.worker == "trl" else _ours(options)))
+        print("RESULT " + json.dumps({"trl": _trl, "olive": _olive}.get(options.worker, _ours)(options)))
         return
-    names = [*(LADDER if options.ladder else ("slmops",)), *(() if options.without == "trl" else ("trl",))]
+    names = [*(LADDER if options.ladder else ("slmops",)), *(("olive",) if options.olive else ()), *(() if options.without else ("trl",))]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(options.rounds + 1):
         for name in names if number % 2 else reversed(names):
@@ -57,6 +60,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ladder", action="store_true")
+    parser.add_argument("--olive", action="store_true")
     parser.add_argument("--without", choices=["trl"])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -74,7 +78,7 @@ def _run(options: argparse.Namespace, name: str) -> dict[str, float]:
 def _ours(options: argparse.Namespace) -> dict[str, float]:
     import slmops
     from slmops.training import step
-    from slmops.training.step import patching, preparing
+    from slmops.training.step import layouts, patching, preparing
 
     name = options.worker
     if name == "peft":
@@ -82,6 +86,8 @@ def _ours(options: argparse.Namespace) -> dict[str, float]:
     if name == "patched":
         preparing._obstacle = lambda model, causal: "left padded"  # pyright: ignore[reportPrivateUsage]
     if name == "joined":
+        layouts.shared_beginning = lambda rows: 0
+    if name in ("joined", "shared"):
         patching.fuse_attention = lambda patched: None
     with tempfile.TemporaryDirectory() as scratch:
         made = slmops.finetune(
@@ -142,6 +148,48 @@ def _trl(options: argparse.Namespace) -> dict[str, float]:
         trainer.train()
         loop = time.perf_counter() - started
     return {"loop_s": round(loop, 2), "peak_mb": round(peak_memory_bytes() / 1e6)}
+
+
+def _olive(options: argparse.Namespace) -> dict[str, float]:
+    import os
+    import re
+    import resource
+
+    from transformers import AutoTokenizer
+
+    prompt = options.prompt_template.replace("\\n", "\n")
+    with options.data.open(encoding="utf-8") as stream:
+        rows = [json.loads(line) for line, _ in zip(stream, range(options.rows), strict=False)]
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    texts = [f"{(prompt + options.completion_template).format(**row)}{tokenizer.bos_token}" for row in rows]
+    tokens = sum(len(tokenizer(text)["input_ids"]) for text in texts)
+    steps = -(-tokens // (8 * 64))
+    linears = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+    with tempfile.TemporaryDirectory() as scratch:  # a folder of its own: Olive's cache is keyed without the data's content
+        data = Path(scratch) / "rows.jsonl"
+        data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        command = [
+            "olive",
+            "finetune",
+            "-m",
+            str(options.model.resolve()),
+            "--data_name",
+            "json",
+            "--data_files",
+            str(data),
+            "--text_field",
+            "text",
+        ]
+        command += ["--method", "lora", "--lora_r", "16", "--lora_alpha", "32", "--target_modules", linears, "--max_steps", str(steps)]
+        command += ["--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--max_seq_len", "64", "--train_split", "train"]
+        command += ["-o", "out", "--log_level", "1"]
+        quiet = {"CI": "1", "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(options.threads)}
+        place = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_DATASETS_CACHE": f"{scratch}/datasets"}
+        done = subprocess.run(command, cwd=scratch, env=os.environ | quiet | place, capture_output=True, text=True, check=False)
+        loop = re.search(r"'train_runtime': '?([\d.]+)", done.stdout + done.stderr)
+        if loop is None or not (Path(scratch) / "out/adapter/adapter_model.safetensors").is_file():
+            raise SystemExit(f"olive finetune made no adapter: {(done.stdout + done.stderr)[-1500:]}")
+    return {"loop_s": float(loop[1]), "peak_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3), "steps": steps}
 
 
 def _show(found: dict[str, list[dict[str, float]]], against: str) -> None:

@@ -55,6 +55,8 @@ def test_the_batches_of_the_run_are_laid_out() -> None:
     assert plain == Load(tokens=70, longest=40, lines=80, supervised=7, mean_tokens=50, mean_supervised=5, shapes=2)
     filled = measure_load(lengths, counted, batch_size=2, seed=0, multiple=32)
     assert (filled.tokens, filled.supervised, filled.mean_tokens) == (96, 32, 64)
+    alike = measure_load(lengths, counted, batch_size=2, seed=0, shared=8)
+    assert (alike.tokens, alike.longest, alike.lines) == (62, 40, 80)
     padded = measure_load(lengths, counted, batch_size=2, seed=0, before=5)
     assert (padded.tokens, padded.longest, padded.lines) == (90, 45, 90)
 

@@ -16,7 +16,7 @@ from slmops.training.batches import IGNORED  # noqa: E402
 from slmops.training.step import Padded, prepare_step  # noqa: E402
 from slmops.training.step import attention as attention_module  # noqa: E402
 from slmops.training.step import head as head_module  # noqa: E402
-from slmops.training.step.layouts import Joined  # noqa: E402
+from slmops.training.step.layouts import Joined, shared_beginning  # noqa: E402
 from slmops.training.step.rows import Rows  # noqa: E402
 
 Pair = tuple[list[int], list[int]]
@@ -198,6 +198,53 @@ def test_tokens_filled_up_to_as_many_as_the_lines_have_are_not_taken_for_them() 
     assert rows.from_lines(rows.to_lines(values))[:310].equal(values[:310])
 
 
+def beginning_alike(count: int, lengths: tuple[int, ...] = (9, 14, 12, 12, 17)) -> list[Pair]:
+    """Rows that begin with the same tokens, none of them counted: a system prompt."""
+    prompt = np.random.default_rng(7).integers(3, 300, count).tolist()
+    return [([1, *prompt, *ids[1:]], [*[IGNORED] * (count + 1), *labels[1:]]) for ids, labels in pairs(lengths)]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen3", "Gemma3Text"])
+def test_tokens_that_all_rows_begin_with_are_computed_once(family: str) -> None:
+    model, rows = adapted(base_of(family)), beginning_alike(21)
+    expected = plain(model, rows)
+    step = prepare_step(model, rows)
+    batch = step.layout.collate(rows)
+    assert batch["rows"].shared == 22
+    assert batch["input_ids"].shape[1] == 22 + sum(len(ids) - 1 - 22 for ids, _ in rows)
+    assert batch["input_ids"].shape[1] < sum(len(ids) - 1 for ids, _ in rows) / 2
+    assert_same(fast(model, step, [rows]), expected)
+    model.zero_grad()
+    step.layout.multiple = 32
+    assert_same(fast(model, step, [rows]), expected)
+    with torch.inference_mode():
+        assert float(step.layout.summed_loss(model, step.layout.collate(rows))) == pytest.approx(expected[0], rel=1e-5)
+
+
+def test_long_beginnings_and_activation_checkpoints_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from slmops.training.step import patching
+
+    for module in (attention_module, patching):
+        monkeypatch.setattr(module, "LONGEST_BY_HAND", 10)
+    model, rows = adapted(base_of("Mistral")), beginning_alike(40)
+    expected = plain(model, rows)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(fast(model, prepare_step(model, rows), [rows]), expected)
+
+
+def test_what_is_counted_or_dropped_by_row_is_not_shared() -> None:
+    rows = beginning_alike(6)
+    assert shared_beginning(rows) == 7
+    assert shared_beginning(rows[:1]) == 0
+    ids, labels = rows[2]
+    counted = [*labels[:4], ids[4], *labels[5:]]
+    assert shared_beginning([*rows[:2], (ids, counted)]) == 3, "the token that predicts a counted one is the row's own"
+    assert shared_beginning([(ids, labels)] * 3) == len(ids) - 4, "the next token is counted"
+    assert shared_beginning([(ids, [IGNORED] * len(ids))] * 3) == len(ids) - 2, "every row keeps a token"
+    model = adapted(base_of("Llama"), lora_dropout=0.1)
+    assert prepare_step(model, rows).layout.collate(rows)["rows"].shared == 0
+
+
 def test_long_rows_and_dropout_go_through_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     from slmops.training.step import patching
 
@@ -257,7 +304,7 @@ def test_a_row_sees_itself_alone_and_an_unsupervised_token_is_never_counted() ->
     step = prepare_step(model, rows)
     with torch.no_grad():
         loss = {seed: step.layout.hidden(*taken(step, [pairs(seed=seed)[0], rows[1], pairs(seed=seed)[2]])) for seed in (1, 2)}
-        start, end = len(rows[0][0]) - 1, len(rows[0][0]) + len(rows[1][0]) - 2
+        start, end = len(rows[0][0]) - 1, len(rows[0][0]) + len(rows[1][0]) - 3  # the first token of both stands once
         assert float((loss[1][start:end] - loss[2][start:end]).abs().max()) < 1e-5
         assert float((loss[1][:start] - loss[2][:start]).abs().max()) > 0.1
     batch = step.layout.collate(rows)

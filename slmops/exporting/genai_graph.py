@@ -1,4 +1,4 @@
-"""The road of onnxruntime-genai: its builder's float graph, quantized by our recipe, written as twins, read back and run."""
+"""The road of onnxruntime-genai: its builder's float graph, quantized by our recipe, written as twins and read back."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from slmops import artifact, environment, targets
+from slmops import artifact, targets
 from slmops.artifact import Draft
 from slmops.config import ExportSettings
 from slmops.data import Interface
 from slmops.data.tokenizer_files import copy_tokenizer
-from slmops.errors import RunFailed, Unavailable
+from slmops.errors import RunFailed
 from slmops.exporting.record import eos_token_id, export_facts, graph_bytes
 from slmops.graph import checking
 from slmops.graph.recipes import Recipe, recipe_for
@@ -19,14 +19,12 @@ from slmops.graph.shapes import Shape
 
 
 def write(draft: Draft, source: Path, interface: Interface, target: targets.Target, settings: ExportSettings, shape: Shape) -> None:
-    """Write an export, and run it once: see `slmops.exporting.exporting`.
+    """Write an export, which its self-test will run: see `slmops.exporting.exporting`.
 
     Raises:
         RunFailed: the builder failed, or the graph that it wrote is not the one asked for.
-        Unavailable: the runtime cannot run the graph.
     """
     write_export(draft, source, interface, target, recipe_for(settings.precision, settings.block_size))
-    run_once(draft.folder, interface)
 
 
 def write_export(draft: Draft, source: Path, interface: Interface, target: targets.Target, recipe: Recipe) -> None:
@@ -71,23 +69,3 @@ def write_runtime_config(source: Path, path: Path, interface: Interface) -> None
     search["max_length"] = interface.max_length_tokens
     search["do_sample"] = False
     artifact.write_json(path, content)
-
-
-def run_once(folder: Path, interface: Interface) -> None:
-    """Generate a few tokens with the runtime, so that `executed` is true.
-
-    Raises:
-        Unavailable: the runtime cannot run the graph.
-    """
-    from slmops.runtime.genai_runner import GenaiRunner
-
-    runner = GenaiRunner(folder, threads=environment.usable_cores())
-    try:
-        runner.time([interface.bos_token_id or 0, 1, 2], new_tokens=2)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise Unavailable(
-            f"the graph was built, and onnxruntime cannot run it: {reason}", "take a model of another architecture or shape"
-        ) from error
-    finally:
-        runner.close()

@@ -18,7 +18,7 @@ from slmops.config import ExportSettings
 from slmops.data import Interface
 from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.errors import RunFailed, Unavailable
-from slmops.exporting.genai_graph import run_once, write_runtime_config
+from slmops.exporting.genai_graph import write_runtime_config
 from slmops.exporting.record import export_facts, graph_bytes
 from slmops.graph import checking, kernels, linears
 from slmops.graph.recipes import Recipe, recipe_for
@@ -34,7 +34,6 @@ def write(draft: Draft, source: Path, interface: Interface, target: Target, sett
 
     Raises:
         RunFailed: the builder failed, or the graph that it wrote is not the one asked for, or none that the provider runs.
-        Unavailable: the graph runs nowhere.
     """
     recipe = recipe_for(settings.precision, settings.block_size, target.provider)
     _write_graphs(draft.folder, source, interface, target, recipe)
@@ -48,9 +47,7 @@ def write(draft: Draft, source: Path, interface: Interface, target: Target, sett
             "report the model's architecture and this message; --device cpu may work",
         )
     missing = absence(target.ort_provider)
-    if missing is None:
-        run_once(draft.folder, interface)
-    else:
+    if missing is not None:
         draft.warn(
             f"{target.provider} is not here ({missing}): checked against its kernels and run as a float twin on the CPU, not executed"
         )
@@ -71,7 +68,6 @@ def record_on_twin(draft: Draft, prompts: dict[str, list[list[int]]]) -> None:
     with TemporaryDirectory(prefix="slmops-twin-") as scratch:
         twin = write_float_twin(draft.folder, Path(scratch))
         copy_tokenizer(draft.folder, twin)
-        run_once(twin, Interface.model_validate(draft.interface))
         self_test.record(twin, draft.interface, draft.facts, prompts)
         shutil.copyfile(twin / self_test.FILE, draft.folder / self_test.FILE)
 

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -132,9 +133,23 @@ def _lazy(place: Any, stored: StoredWeights, parameters: list[str], *, transpose
     def read() -> Any:
         matrix = stored[parameters[0]] if len(parameters) == 1 else np.concatenate([stored[name] for name in parameters])
         matrix = matrix.astype(place.dtype.numpy(), copy=False)
-        return onnx_ir.Tensor(matrix.T if transposed else matrix, dtype=place.dtype, name=place.name)
+        kind = _turned_tensor() if transposed else onnx_ir.Tensor
+        return kind(matrix.T if transposed else matrix, dtype=place.dtype, name=place.name)
 
     return onnx_ir.LazyTensor(read, dtype=place.dtype, shape=place.shape, name=place.name)
+
+
+@cache
+def _turned_tensor() -> Any:
+    """Return a tensor of onnx_ir that holds a transposed view, and turns it when it is written: numpy writes such a view number by number."""
+    onnx_ir = environment.require("onnx_ir", "to write an ONNX graph")
+    torch = environment.require("torch", "to build the graph")
+
+    class Turned(onnx_ir.Tensor):
+        def tofile(self, file: Any) -> None:
+            torch.from_numpy(self.numpy()).contiguous().numpy().tofile(file)
+
+    return Turned
 
 
 def bounded_copy(model: Path, place: Path, context_tokens: int) -> Path:

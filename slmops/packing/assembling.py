@@ -18,7 +18,7 @@ from slmops.artifact import Artifact, Draft
 from slmops.config import PackSettings, flat, load
 from slmops.data import Interface
 from slmops.errors import BadArtifact, InvalidInput, RunFailed, Unavailable
-from slmops.exporting import choose_bounded_interface, eos_token_id, preflight, run_once, write_export
+from slmops.exporting import choose_bounded_interface, eos_token_id, preflight, write_export
 from slmops.graph import checking
 from slmops.graph.linears import load_graph
 from slmops.graph.lora import save_adapted_twins, slots
@@ -112,7 +112,6 @@ def _assemble(source: Path, named: dict[str, Path], settings: PackSettings) -> A
         problems = checking.adapter_problems(draft.folder)
         if problems:
             raise RunFailed(f"the graph with adapters is not as it should be: {'; '.join(problems)}", "report the model's architecture")
-        run_once(draft.folder, interface)
         draft.facts |= {
             "base": base,
             "slots": {pair.name: [pair.inputs, pair.outputs] for pair in pairs},

@@ -146,6 +146,7 @@ def estimate(
         processes: that share each batch; the estimate is of one of them.
         recomputes: activations are computed anew on the way back.
     """
+    from slmops.training.step.layouts import shared_beginning
     from slmops.training.step.preparing import fill_to
 
     torch = environment.require("torch", "to train")
@@ -159,6 +160,7 @@ def estimate(
         settings.run.seed,
         multiple=fill_to(sizes.base, bf16_on_cpu=wide == 2 and not on_gpu),
         before=settings.method.virtual_tokens if method in _BEFORE_ROWS else 0,
+        shared=0 if settings.method.lora_dropout else shared_beginning([(sequence.ids, sequence.labels) for sequence in train.sequences]),
     )
     stored = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     held = 4 * sizes.base if methods.method_of(settings.method).trains_base else _held_bytes(sizes, method, wide)
@@ -235,7 +237,9 @@ def read_sizes(base: Path, settings: FinetuneSettings) -> Sizes:
     )
 
 
-def measure_load(lengths: Sequence[int], counted: Sequence[int], batch_size: int, seed: int, *, multiple: int = 1, before: int = 0) -> Load:
+def measure_load(
+    lengths: Sequence[int], counted: Sequence[int], batch_size: int, seed: int, *, multiple: int = 1, before: int = 0, shared: int = 0
+) -> Load:
     """Lay out the first epoch's batches, and return what they hold.
 
     Args:
@@ -245,11 +249,12 @@ def measure_load(lengths: Sequence[int], counted: Sequence[int], batch_size: int
         seed: of the order.
         multiple: tokens of a batch are rounded up to one of this.
         before: positions that the method puts before each row; such rows are padded.
+        shared: tokens that all rows begin with, which a batch holds once.
     """
     batches = list(Batches(lengths, batch_size, seed).epoch(0))
     if before:
         lengths = [before + length for length in lengths]
-    tokens = [-(-sum(lengths[i] for i in batch) // multiple) * multiple for batch in batches]
+    tokens = [-(-(sum(lengths[i] for i in batch) - shared * (len(batch) - 1)) // multiple) * multiple for batch in batches]
     supervised = [-(-sum(counted[i] for i in batch) // multiple) * multiple for batch in batches]
     longest = [max(lengths[i] for i in batch) for batch in batches]
     lines = [len(batch) * most for batch, most in zip(batches, longest, strict=True)]

@@ -19,7 +19,7 @@ import numpy as np
 from slmops import artifact, progress
 from slmops.artifact import Artifact
 from slmops.data import Interface, Tokenizer, encode_prompt, read_rows, row_format_of
-from slmops.errors import BadArtifact, SlmopsError
+from slmops.errors import BadArtifact, SlmopsError, Unavailable
 from slmops.runtime.package import Package
 from slmops.runtime.runner import ExportRunner
 from slmops.verification.stages import Stage
@@ -43,7 +43,22 @@ def record(folder: Path, interface: Mapping[str, Any] | None, facts: Mapping[str
         interface: of the base.
         facts: `precision`, and of a package `slots` and `adapters`.
         prompts: ids of prompts by adapter, "" for the base; where there are none, the openings that slmops brings.
+
+    Raises:
+        Unavailable: the runtime cannot run the graph; this is the first time that it is asked to.
     """
+    try:
+        _record(folder, interface, facts, prompts)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise Unavailable(
+            f"the graph was built, and the runtime cannot run it: {reason}", "take a model of another architecture or shape"
+        ) from error
+
+
+def _record(
+    folder: Path, interface: Mapping[str, Any] | None, facts: Mapping[str, Any], prompts: Mapping[str, Sequence[list[int]]]
+) -> None:
     package = Package.of_parts(folder, interface, facts)
     openings = _openings(package.tokenizer, package.interface())
     tolerance = _TOLERANCES.get(str(facts["precision"]), 1.0)

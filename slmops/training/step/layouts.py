@@ -71,6 +71,7 @@ class Joined:
         self.head = Head(causal)
         self.focus = focus or Focus()
         self.multiple = multiple
+        self.shares = not _drops(causal)
         self.own_forward = causal.forward
         causal.forward = self._forward  # type: ignore[method-assign]
 
@@ -81,13 +82,13 @@ class Joined:
             `input_ids` and `position_ids` (1, tokens); `rows`; `supervised` (positions), where the next token is counted,
             each once; `targets` (positions), that token, or -100 for a position that only fills up.
         """
-        joined = Rows([len(ids) - 1 for ids, _ in rows], self.multiple)
-        labels = torch.tensor([label for _, row in rows for label in row[1:]])
+        joined = Rows([len(ids) - 1 for ids, _ in rows], self.multiple, shared_beginning(rows) if self.shares else 0)
+        labels = torch.tensor([IGNORED] * joined.shared + [label for _, row in rows for label in row[1 + joined.shared :]])
         labels = functional.pad(labels, (0, joined.tokens - joined.real), value=IGNORED)
         supervised, others = (labels != IGNORED).nonzero().flatten(), (labels == IGNORED).nonzero().flatten()
         filled = rounded_up(max(1, len(supervised)), self.multiple) - len(supervised)  # a process's share may count nothing
         supervised = torch.cat([supervised, others[:filled]])
-        tokens = [token for ids, _ in rows for token in ids[:-1]]
+        tokens = [*rows[0][0][: joined.shared], *(token for ids, _ in rows for token in ids[joined.shared : -1])]
         return {
             "input_ids": torch.tensor([*tokens, *([0] * (joined.tokens - joined.real))])[None],
             "position_ids": joined.positions()[None],
@@ -113,6 +114,26 @@ class Joined:
             return self.own_forward(*args, **kwargs)
         hidden = self.hidden(kwargs["input_ids"], kwargs["position_ids"], rows, kwargs["supervised"])
         return summed_cross_entropy(self.head, hidden.index_select(0, kwargs["supervised"]), kwargs["targets"])
+
+
+def shared_beginning(rows: Sequence[Row]) -> int:
+    """Return how many tokens all rows begin with, none of which predicts a supervised one; 0 for a row alone.
+
+    Every row keeps one token of its own.
+    """
+    if len(rows) == 1:
+        return 0
+    first, others = rows[0][0], rows[1:]
+    for place in range(min(len(ids) for ids, _ in rows) - 2):
+        if any(ids[place] != first[place] for ids, _ in others) or any(labels[place + 1] != IGNORED for _, labels in rows):
+            return place
+    return max(0, min(len(ids) for ids, _ in rows) - 2)
+
+
+def _drops(causal: Any) -> bool:
+    """Tell whether anything is dropped at random: each row then has its own, at tokens that it shares too."""
+    modules = any(isinstance(module, nn.Dropout) and module.p > 0 for module in causal.modules())
+    return modules or any(value for name, value in vars(causal.config).items() if name.endswith(("dropout", "pdrop", "_drop")))
 
 
 def keeps_logits(model: nn.Module) -> bool:

@@ -234,8 +234,7 @@ def _attention_of(module: Any, qkv: Adapted, out: Adapted) -> Callable[..., Any]
         drops = module.training and getattr(module, "attention_dropout", 0.0)
         if rows is None or rows.longest > LONGEST_BY_HAND or drops or position_embeddings is None:
             return own(hidden_states, position_embeddings, *args, **kwargs)
-        places = slice(rows.longest_start, rows.longest_start + rows.longest)
-        cosines, sines = (x[0, places].float() for x in position_embeddings)
+        cosines, sines = (x[0].index_select(0, rows.longest_tokens).float() for x in position_embeddings)
         window = windows[0] if windows else None
         seen = window if window is not None and window < rows.longest else None
         z = AdaptedAttention.apply(hidden_states, tick_of(qkv, out), cosines, sines, rows, qkv, out, heads, scale, seen)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from slmops.training.batches import IGNORED
 from slmops.training.step import attention, patching
 from slmops.training.step.layouts import Joined, Layout, Padded, Row
 from slmops.training.step.pairs import PairStore
-from slmops.training.step.rows import KEY
+from slmops.training.step.rows import KEY, Rows
 
 # Largest distance of a token's hidden state, relative to its length: rounding gives 1e-5 (fp32) and 0.03 (bf16), a token
 # of another row that is seen 0.3 and more.
@@ -25,7 +26,7 @@ _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 _ROWS, _TOKENS = 3, 64
 # oneDNN, which multiplies in bf16, makes a kernel for each new shape of some 25 products, and keeps it: 2.6 ms and 0.8 MB each. So the
 # numbers of tokens are rounded up, further where a token costs little. In fp32 MKL makes none.
-_MULTIPLE, _MULTIPLE_OF_SMALL, _SMALL_PARAMETERS = 32, 64, 30_000_000
+_MULTIPLE, _MULTIPLE_OF_SMALL, _SMALL_PARAMETERS = 16, 64, 30_000_000
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,9 @@ def _hidden(causal: Any, ids: list[int]) -> torch.Tensor:
 @torch.no_grad()
 def _distance(layout: Joined, causal: Any, trial: list[list[int]], expected: list[torch.Tensor]) -> float:
     """Return the largest distance of a token's hidden state, relative to its length, of rows joined from rows alone."""
-    batch = layout.collate([([*ids, 0], [0] * (len(ids) + 1)) for ids in trial])
-    device = causal.device
-    found = layout.hidden(batch["input_ids"].to(device), batch["position_ids"].to(device), batch["rows"].to(device))
+    batch = layout.collate([([*ids, 0], [IGNORED] * len(ids) + [0]) for ids in trial])
+    rows: Rows = batch["rows"].to(causal.device)
+    lines = rows.to_lines(layout.hidden(batch["input_ids"].to(causal.device), batch["position_ids"].to(causal.device), rows))
+    found = torch.cat([line[: len(ids)] for line, ids in zip(lines, trial, strict=True)]).float()
     wanted = torch.cat(expected).float()
-    found = found[: len(wanted)]
-    return float(((found.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6)).max())
+    return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6)).max())
