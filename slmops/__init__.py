@@ -31,6 +31,7 @@ VERBS = {
     "prepare_data": "slmops.data",
     "quickstart": "slmops.pipeline",
     "run": "slmops.pipeline",
+    "run_workflow": "slmops.olive_backend",
     "show": "slmops.lineage",
     "verify": "slmops.verification",
 }

@@ -102,6 +102,9 @@ NO_TELEMETRY = {
     "DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "1",
     "WANDB_ERROR_REPORTING": "false",
+    # Olive sends a device id before it looks at its own variable, unless it takes the machine for a CI one (0.13, telemetry.py:476). Of
+    # the variables by which it does, this is the one that no other Python library here reads.
+    "SYSTEM_TEAMFOUNDATIONCOLLECTIONURI": "none",
 }
 # A package that does nothing but send, on `import openvino` and for want of a file that says no; it knows no variable for that.
 # openvino and nncf have a stub of their own for where it is not installed (openvino 2026.4, `tools/ovc/telemetry_utils.py`).

@@ -18,7 +18,7 @@ import pytest
 
 from slmops import artifact, config
 from slmops.cli import main, reference
-from slmops.cli.commands import COMMANDS, DATA_COMMANDS, root
+from slmops.cli.commands import COMMANDS, GROUPS, root
 from slmops.cli.entry import as_slmops_error
 from slmops.cli.options import Call, Command, command, settings_options
 from slmops.errors import BadArtifact, GateFailed, Unavailable
@@ -73,7 +73,9 @@ def test_help_lists_every_command_with_its_line(run: Run):
 
 
 @pytest.mark.parametrize(
-    "words", [[name] for name in COMMANDS if name != "data"] + [["data", name] for name in DATA_COMMANDS], ids=" ".join
+    "words",
+    [[name] for name in COMMANDS if name not in GROUPS] + [[group, name] for group, names in GROUPS.items() for name in names],
+    ids=" ".join,
 )
 def test_each_command_has_json_config_and_lines_to_copy(run: Run, words: list[str]):
     code, out, _ = run(*words, "--help")

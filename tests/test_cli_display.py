@@ -7,11 +7,14 @@ import math
 
 import pytest
 
-from slmops.cli.commands import COMMANDS, DATA_COMMANDS
+from slmops.cli.commands import COMMANDS, GROUPS
 from slmops.cli.display import figures, render
 from slmops.cli.streams import plain
 
-NAMES = [*(name for name in COMMANDS if name not in ("data", "generate")), *(f"data {name}" for name in DATA_COMMANDS)]
+NAMES = [
+    *(name for name in COMMANDS if name not in (*GROUPS, "generate")),
+    *(f"{group} {name}" for group, names in GROUPS.items() for name in names),
+]
 
 
 def shown(command: str, document: dict[str, object]) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 import slmops
 from slmops import config, environment
-from slmops.cli.commands import COMMANDS, DATA_COMMANDS
+from slmops.cli.commands import COMMANDS, GROUPS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "slmops"
@@ -32,6 +32,7 @@ LAYERS = (
     ("training", "adapters"),
     ("exporting",),  # `export` of an adapter folder merges it first
     ("packing",),  # an export with adapters on it
+    ("olive_passes",),  # Olive imports them by name
     ("demo",),
     ("pipeline", "search", "sweep", "reporting", "serving"),
     ("cli",),
@@ -57,10 +58,17 @@ HEAVY_ALLOWED = {
     "runtime/native/representation.py": {"torch"},
     "training/objectives/own_loss_trainer.py": {"torch"},
     "training/objectives/trl_trainers.py": {"datasets", "torch", "transformers", "trl"},
+    "olive_passes/evaluator.py": {"olive"},
+    "olive_passes/exporter.py": {"olive"},
+    "olive_passes/packer.py": {"olive"},
     "graph/builder_process.py": {"torch", "transformers", "onnx_ir"},
 }
 SETTINGS = [value for name, value in vars(config).items() if name.endswith("Settings") and name != "Settings" and isinstance(value, type)]
-HELPS = [["--help"], *([name, "--help"] for name in COMMANDS), *(["data", name, "--help"] for name in DATA_COMMANDS)]
+HELPS = [
+    ["--help"],
+    *([name, "--help"] for name in COMMANDS),
+    *([group, name, "--help"] for group, names in GROUPS.items() for name in names),
+]
 
 
 def name_of(path: Path) -> str:

@@ -130,6 +130,21 @@ def test_validate_names_file_and_line(tmp_path: Path) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_a_qlora_adapter_is_not_merged_into_the_float_base(tmp_path: Path) -> None:
+    """Olive would, without a word; of a LoRA adapter it is right."""
+    merging = lora()
+    merging["passes"]["merge"] = {"type": "MergeAdapterWeights"}
+    path = tmp_path / "w.json"
+    path.write_text(json.dumps(merging))
+    assert validate(path) == merging
+    quantized = json.loads((ROOT / "olive_configs" / "qlora_cpu.json").read_text())
+    path.write_text(json.dumps(quantized | {"passes": {**quantized["passes"], **{"merge": {"type": "MergeAdapterWeights"}}}}))
+    with pytest.raises(Unavailable, match="on the base in float, and it learned on it in nf4") as caught:
+        validate(path)
+    assert caught.value.exit_code == 3
+    assert "slmops finetune MODEL ROWS --method qlora --engine olive" in caught.value.hint
+
+
 def test_without_olive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tabulate", None)
     with pytest.raises(Unavailable, match="tabulate is not installed; it is needed to check a workflow") as caught:

@@ -30,6 +30,7 @@ COMMANDS = {
     "bench": Entry("Prove", "Measure speed, memory, size and accuracy against PyTorch.", "proving:bench"),
     "generate": Entry("Use", "Generate text with a package, streamed.", "using:generate"),
     "run": Entry("Use", "Run a whole pipeline from one YAML file; unchanged steps are skipped.", "using:run"),
+    "olive": Entry("Use", "Run workflows of Olive's, with slmops's passes in them.", "commands:olive"),
     "show": Entry("Use", "Show what a folder holds and where it came from.", "using:show"),
 }
 
@@ -37,6 +38,19 @@ DATA_COMMANDS = {
     "inspect": Entry("Commands", "Show rows as they would be trained on, token by token.", "building:inspect"),
     "prepare": Entry("Commands", "Write a cleaned, split and fingerprinted dataset.", "building:prepare"),
 }
+
+OLIVE_COMMANDS = {
+    "run": Entry("Commands", "Run a workflow of Olive's; a key that Olive would drop is an error before anything runs.", "workflows:run"),
+}
+
+GROUPS = {"data": DATA_COMMANDS, "olive": OLIVE_COMMANDS}
+"""Commands that stand under another: `slmops data inspect`."""
+
+
+def entry_of(path: str) -> Entry:
+    """Return the entry of a command by its name, with its group where it has one: "export", "data inspect"."""
+    group, _, name = path.rpartition(" ")
+    return GROUPS[group][name] if group else COMMANDS[name]
 
 
 class LazyGroup(click.Group):
@@ -108,3 +122,4 @@ root.params = [
 ]
 
 data = LazyGroup("data", entries=DATA_COMMANDS, help=COMMANDS["data"].summary, context_settings=_CONTEXT)
+olive = LazyGroup("olive", entries=OLIVE_COMMANDS, help=COMMANDS["olive"].summary, context_settings=_CONTEXT)

@@ -107,9 +107,9 @@ def _command(words: Sequence[str]) -> str:
     names = [word for word in words if not word.startswith("-")]
     if not names or names[0] not in root.entries:
         return ""
-    from slmops.cli.commands import DATA_COMMANDS
+    from slmops.cli.commands import GROUPS
 
-    return " ".join(names[:2]) if names[0] == "data" and len(names) > 1 and names[1] in DATA_COMMANDS else names[0]
+    return " ".join(names[:2]) if len(names) > 1 and names[1] in GROUPS.get(names[0], {}) else names[0]
 
 
 def _write_error(problem: SlmopsError, command: str, seconds: float) -> None:

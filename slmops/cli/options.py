@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
 
-from slmops.cli.commands import COMMANDS, DATA_COMMANDS
+from slmops.cli.commands import entry_of
 from slmops.config import Settings, decode_escapes, fields, load
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def command(
             perform(path, lambda: body(call=Call(config, overrides), **values), as_json=as_json, quiet=quiet)
 
         name = path.split()[-1]
-        entry = DATA_COMMANDS[name] if path.startswith("data ") else COMMANDS[name]
+        entry = entry_of(path)
         details = (body.__doc__ or "").partition("\n\n")[2]
         return Command(
             name,

@@ -24,6 +24,7 @@ from slmops.config.verbs import (
     PrepareSettings,
     QuickstartSettings,
     RunPipelineSettings,
+    RunWorkflowSettings,
     VerifySettings,
 )
 
@@ -48,6 +49,7 @@ __all__ = [
     "QuickstartSettings",
     "RunPipelineSettings",
     "RunSettings",
+    "RunWorkflowSettings",
     "Settings",
     "VerifySettings",
     "decode_escapes",

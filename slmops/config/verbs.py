@@ -224,6 +224,14 @@ class RunPipelineSettings(Settings):
     fresh: bool = setting(False, "run every step again, whatever has changed")
 
 
+class RunWorkflowSettings(Settings):
+    """`slmops olive run`."""
+
+    check: bool = setting(False, "only check the workflow: every key, every pass, the target; run nothing")
+    threads: int | None = setting(None, "threads of Olive's process (default: all cores)", ge=1)
+    force: bool = setting(False, "replace the output folder of an earlier run")
+
+
 class DemoSettings(Settings):
     """A pipeline's step `demo`."""
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import json
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from slmops.errors import InvalidInput
+from slmops import artifact
+from slmops.errors import InvalidInput, SlmopsError, Unavailable
+from slmops.olive_backend.package_config import package_config
 from slmops.olive_backend.requirements import require_olive
+from slmops.olive_backend.workflow_file import read_workflow
 
 # What Olive, pydantic and a user script raise for a workflow that is wrong.
 _REFUSALS = (ValueError, TypeError, KeyError, AttributeError, ImportError, OSError, AssertionError, SyntaxError, NameError)
@@ -30,19 +33,36 @@ def validate(path: str | Path) -> dict[str, Any]:
 
     Raises:
         InvalidInput: no such file, not JSON, or a workflow with problems; all of them are named.
-        Unavailable: Olive is not installed.
+        Unavailable: Olive is not installed, or the workflow would merge an adapter into another base than it learned on.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InvalidInput(f"no such file: {path}", "give the path of a workflow of Olive's (JSON)")
-    try:
-        workflow = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InvalidInput(f"{path} line {error.lineno}: broken JSON ({error.msg}, column {error.colno})", "mend that line") from None
+    workflow = read_workflow(Path(path))
     found = problems(workflow)
     if found:
         raise InvalidInput(f"{path} is not a workflow that Olive would follow: {'; '.join(found)}", "mend what is named")
+    _refuse_merge_of_qlora(workflow)
     return workflow
+
+
+def _refuse_merge_of_qlora(workflow: Mapping[str, Any]) -> None:
+    """Refuse `MergeAdapterWeights` behind a QLoRA pass, or on an adapter of `slmops finetune --method qlora`.
+
+    Olive drops the quantization before it merges (merge_adapter_weights.py:44): what the adapter learned to make up for the rounding
+    of its base then stays in the model as an error (peft#2321).
+
+    Raises:
+        Unavailable: with the commands that merge such an adapter into the base's values in nf4.
+    """
+    types = [str(run["type"]).lower() for _, run in _runs(workflow["passes"])]
+    if "mergeadapterweights" not in types:
+        return
+    brought = _flat(workflow["input_model"], {"type"}, "config").get("adapter_path")
+    found = artifact.find(Path(brought)) if isinstance(brought, str) and Path(brought).is_dir() else None
+    learned_on_nf4 = found is not None and found.manifest.facts.get("method") == "qlora"
+    if learned_on_nf4 or "qlora" in types[: types.index("mergeadapterweights")]:
+        raise Unavailable(
+            "MergeAdapterWeights puts the adapter on the base in float, and it learned on it in nf4: the merged model was never trained",
+            "slmops merge ADAPTER" if learned_on_nf4 else "slmops finetune MODEL ROWS --method qlora --engine olive, then slmops merge",
+        )
 
 
 def problems(workflow: Mapping[str, Any]) -> list[str]:
@@ -62,11 +82,12 @@ def problems(workflow: Mapping[str, Any]) -> list[str]:
     for index, data in enumerate(given.get("data_configs") or []):
         found += _data(f"data_configs[{index}]", data)
     names = [data.get("name") for data in given.get("data_configs") or []]
-    for name, entry in given["passes"].items():
-        for run in entry if isinstance(entry, list) else [entry]:
-            found += _pass(f"passes.{name}", run, names)
+    searching = _searches(given)
+    for where, run in _runs(given["passes"]):
+        found += _pass(where, run, names, searching=searching)
     # Olive changes the mapping that it is given.
-    return found or list(_refusal("workflow", lambda: RunConfig.model_validate(copy.deepcopy(given))))
+    found = found or list(_refusal("workflow", lambda: RunConfig.model_validate(copy.deepcopy(given))))
+    return found or list(_foretold(given, RunConfig.model_validate(copy.deepcopy(given)).engine.target))
 
 
 def _shapes(workflow: Any) -> Iterator[str]:
@@ -84,7 +105,7 @@ def _shapes(workflow: Any) -> Iterator[str]:
         yield "data_configs: must be a list"
         return
     passes = workflow.get("passes")
-    runs = [(f"passes.{name}", run) for name, entry in passes.items() for run in _listed(entry)] if isinstance(passes, Mapping) else []
+    runs = list(_runs(passes)) if isinstance(passes, Mapping) else []
     for where, section in [*((f"data_configs[{i}]", data) for i, data in enumerate(data_configs)), *runs]:
         if not isinstance(section, Mapping):
             yield f"{where}: must be a mapping, not a {type(section).__name__}"
@@ -93,8 +114,22 @@ def _shapes(workflow: Any) -> Iterator[str]:
         yield from (f"{where}.{key}: must be a mapping" for key in nested if not isinstance(section.get(key) or {}, Mapping))
 
 
-def _listed(entry: Any) -> list[Any]:
-    return entry if isinstance(entry, list) else [entry]
+def _runs(passes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield each pass with its place in the workflow; under one name there may be several, of which a search takes one."""
+    for name, entry in passes.items():
+        for run in entry if isinstance(entry, list) else [entry]:
+            yield f"passes.{name}", run
+
+
+def _searches(workflow: Mapping[str, Any]) -> bool:
+    return bool((workflow.get("engine") or {}).get("search_strategy") or workflow.get("search_strategy"))
+
+
+def _known_pass(name: Any) -> Any:
+    """Return the class of a pass, Olive's or ours. Raises ValueError for one that is neither."""
+    from olive.package_config import OlivePackageConfig
+
+    return OlivePackageConfig.model_validate(package_config()).import_pass_module(str(name))
 
 
 def _top(workflow: dict[str, Any]) -> Iterator[str]:
@@ -139,13 +174,33 @@ def _data(where: str, data: dict[str, Any]) -> Iterator[str]:
         yield from (f"{where}.{key}: required key '{name}' is missing" for name in missing)
 
 
-def _pass(where: str, run: dict[str, Any], names: Collection[Any]) -> Iterator[str]:
+def _foretold(workflow: Mapping[str, Any], target: Any) -> Iterator[str]:
+    """Yield what a pass of ours would refuse on the workflow's target (a SystemConfig, or None: this machine)."""
+    from olive.engine.config import RunPassConfig
+    from olive.systems.accelerator_creator import create_accelerator
+    from olive.systems.common import SystemType
+    from olive.systems.system_config import SystemConfig
+
+    accelerator = create_accelerator(target or SystemConfig(type=SystemType.Local), is_ep_required=False)
+    for where, run in _runs(workflow["passes"]):
+        foretell = getattr(_known_pass(run["type"]), "foretell", None)
+        given = _flat(run, set(RunPassConfig.model_fields) - {"config"}, "config")
+        lists = [[(name, one) for one in value] if isinstance(value, list) else [(name, value)] for name, value in given.items()]
+        if foretell is None:
+            continue
+        for candidate in itertools.product(*lists):
+            try:
+                foretell(dict(candidate), accelerator)
+            except SlmopsError as error:
+                yield f"{where}: {error.message}{f' ({error.hint})' if error.hint else ''}"
+
+
+def _pass(where: str, run: dict[str, Any], names: Collection[Any], *, searching: bool) -> Iterator[str]:
     from olive.engine.config import RunPassConfig
     from olive.hardware.accelerator import AcceleratorSpec
-    from olive.package_config import OlivePackageConfig
 
     try:
-        chosen = OlivePackageConfig.load_default_config().import_pass_module(str(run.get("type")))
+        chosen = _known_pass(run.get("type"))
     except (ValueError, ImportError) as error:
         yield f"{where}: {_line(error)}"
         return
@@ -161,9 +216,12 @@ def _pass(where: str, run: dict[str, Any], names: Collection[Any]) -> Iterator[s
             yield from _data(f"{where}.{key}", value)
         elif key in ("torch_dtype", "compute_dtype") and key in known and value not in (None, *_DTYPES):
             yield f"{where}.{key}: '{value}' is none of {', '.join(_DTYPES)}"
-    config_class = chosen.get_config_class(accelerator, disable_search=True)[0]
     stand_in = {key: {"name": "stand_in"} if key.endswith("data_config") else copy.deepcopy(value) for key, value in given.items()}
-    yield from _refusal(where, lambda: config_class(**stand_in))
+    if searching:  # a list is then what is tried
+        yield from _refusal(where, lambda: chosen.get_config_params(accelerator, stand_in))
+    else:
+        config_class = chosen.get_config_class(accelerator, disable_search=True)[0]
+        yield from _refusal(where, lambda: config_class(**stand_in))
     if isinstance(given.get("training_args"), dict) and "training_args" in known:
         yield from _training(f"{where}.training_args", given["training_args"], known["training_args"])
 

@@ -20,6 +20,7 @@ _RENDERERS = {
     "export": "built:exported",
     "finetune": "built:finetuned",
     "merge": "merges:merged",
+    "olive run": "workflows:ran",
     "pack": "built:packed",
     "quickstart": "roads:demo",
     "run": "roads:pipeline",
