@@ -2,12 +2,12 @@
 
 Everything that can be known before weights are loaded is checked first (`preflight`). Then the writer of the target's
 road makes the folder, reads it back, checks it against what was asked and takes it as far as this machine can: its facts
-say to which level. A writer is `write(draft, source, interface, target, settings, shape)`.
+say to which level. A road is a module with `require(settings)`, which raises what can be known before any work, and
+`write(draft, source, interface, target, settings, shape)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,19 +17,16 @@ from typing import Any
 from slmops import artifact, progress, targets
 from slmops.artifact import Artifact, Draft
 from slmops.config import ExportSettings, flat, load
-from slmops.data import Interface
 from slmops.errors import BadArtifact, InvalidInput
 from slmops.exporting import gpu_graph
 from slmops.exporting.preflight import choose_bounded_interface, preflight
 from slmops.graph.building import shared_builds
 from slmops.graph.recipes import recipe_for
-from slmops.graph.shapes import Shape
 from slmops.targets import Road, Target
 from slmops.verification import self_test
 
-_Writer = Callable[[Draft, Path, Interface, Target, ExportSettings, Shape], None]
 # Imported when they are needed: each road has libraries of its own.
-_WRITERS: dict[Road, str] = {
+_ROADS: dict[Road, str] = {
     "genai": "slmops.exporting.genai_graph",
     "genai-gpu": "slmops.exporting.gpu_graph",
     "qnn": "slmops.exporting.qnn",
@@ -63,14 +60,16 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
     target = targets.find(settings.device, settings.provider, settings.precision)
     recipe_for(settings.precision, settings.block_size, target.provider)  # a block size that no kernel takes is refused here
     _refuse_settings_of_others(settings, target)
+    road = _road(target.road)
     if (source / "adapter_config.json").is_file():
         return _export_adapter(source, out, settings)
     found = artifact.checked(source, "model", "export the folder that `slmops merge` wrote")
     shape = preflight(artifact.require_model(source), out)
+    road.require(settings)
     with artifact.create(out, kind="export", command="export", config=flat(settings), force=settings.force) as draft:
         interface = choose_bounded_interface(source, found, shape, settings.max_length_tokens, draft)
         _foretell(draft, source, found, settings)
-        writer_of(target.road)(draft, source, interface, target, settings, shape)
+        road.write(draft, source, interface, target, settings, shape)
         # Of a merged model its adapter has the validation rows, a model that was trained as a whole has them itself.
         tuned = (found.find("adapter") or source) if found is not None else None
         prompts = self_test.prompts_of(tuned, source, interface) if tuned is not None else []
@@ -133,9 +132,9 @@ def _refuse_settings_of_others(settings: ExportSettings, target: Target) -> None
         raise InvalidInput(f"{', '.join(given)}: only for --device npu --provider qnn, and the target is {target.name}", "leave it out")
 
 
-def writer_of(road: Road) -> _Writer:
-    """Return what writes the exports of a road: it fills the draft's folder, inputs, interface and facts (`level` among them)."""
-    return import_module(_WRITERS[road]).write
+def _road(name: Road) -> Any:
+    """Return the module of a road; its `write` fills the draft's folder, inputs, interface and facts (`level` among them)."""
+    return import_module(_ROADS[name])
 
 
 def _export_adapter(adapter: Path, out: Path, settings: ExportSettings) -> Artifact:

@@ -18,6 +18,13 @@ from slmops.graph.recipes import Recipe, recipe_for
 from slmops.graph.shapes import Shape
 
 
+def require(settings: ExportSettings) -> None:
+    """Raise Unavailable for what this road lacks here."""
+    from slmops.graph import building
+
+    building.require_libraries()
+
+
 def write(draft: Draft, source: Path, interface: Interface, target: targets.Target, settings: ExportSettings, shape: Shape) -> None:
     """Write an export, which its self-test will run: see `slmops.exporting.exporting`.
 

@@ -18,7 +18,7 @@ from slmops.config import ExportSettings
 from slmops.data import Interface
 from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.errors import RunFailed, Unavailable
-from slmops.exporting.genai_graph import write_runtime_config
+from slmops.exporting.genai_graph import require, write_runtime_config
 from slmops.exporting.record import export_facts, graph_bytes
 from slmops.graph import checking, kernels, linears
 from slmops.graph.recipes import Recipe, recipe_for
@@ -27,6 +27,8 @@ from slmops.graph.shapes import Shape
 from slmops.runtime import hugging_face
 from slmops.runtime.providers import absence, load_problem
 from slmops.targets import Level, Target
+
+__all__ = ["record_on_twin", "require", "write"]  # what the road of onnxruntime-genai requires, this one does
 
 
 def write(draft: Draft, source: Path, interface: Interface, target: Target, settings: ExportSettings, shape: Shape) -> None:

@@ -17,7 +17,7 @@ from slmops.data.tokenizer_files import copy_tokenizer
 from slmops.errors import RunFailed
 from slmops.exporting.record import eos_token_id, export_facts
 from slmops.graph import ir
-from slmops.graph.ir_building import build_ir, ir_recipe
+from slmops.graph.ir_building import build_ir, ir_recipe, require_libraries
 from slmops.graph.shapes import Shape
 from slmops.runtime import hugging_face
 from slmops.runtime.engines import model_bytes
@@ -29,12 +29,16 @@ from slmops.verification.texts import PROBES
 _TOKENIZER_IRS = ("openvino_tokenizer", "openvino_detokenizer")
 
 
+def require(settings: ExportSettings) -> None:
+    """Raise Unavailable for what this road lacks here."""
+    require_libraries()
+
+
 def write(draft: Draft, source: Path, interface: Interface, target: Target, settings: ExportSettings, shape: Shape) -> None:
     """Write an export, and run it where its device is here: see `slmops.exporting.exporting`.
 
     Raises:
         InvalidInput: a group size that does not divide.
-        Unavailable: the extra `openvino` is missing.
         RunFailed: optimum-intel or nncf failed, or the IR is not the one asked for.
     """
     shapes = hugging_face.parameter_shapes(source)

@@ -36,16 +36,24 @@ _NAMES = (PREFILL, DECODE)
 _PREFILL_TOKENS = 64
 
 
+def require(settings: ExportSettings) -> None:
+    """Raise Unavailable for what this road lacks here, and for a chip that is not known."""
+    from slmops.graph import building
+
+    socs.find(settings.soc)
+    qnn_plugin.device()
+    building.require_libraries()
+
+
 def write(draft: Draft, source: Path, interface: Interface, target: Target, settings: ExportSettings, shape: Shape) -> None:
     """Write an export for a Qualcomm NPU, compile it and run it once where it can be: see `slmops.exporting.exporting`.
 
     Raises:
-        Unavailable: the plugin or the chip is not known here, or the compiler does not take the graph.
+        Unavailable: the compiler does not take the graph.
         InvalidInput: a length that does not fit.
         RunFailed: the builder failed, or a graph is not the one asked for.
     """
     soc, tokens = socs.find(settings.soc), settings.prefill_tokens or _PREFILL_TOKENS
-    qnn_plugin.device()  # before minutes of work
     interface = _fixed(interface, tokens, draft)
     recipe = recipe_for(settings.precision, settings.block_size, target.provider)
     portable = draft.folder / PORTABLE

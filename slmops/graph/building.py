@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -62,8 +63,7 @@ def build(
         Unavailable: onnxruntime-genai or a library that its builder needs is missing.
         RunFailed: the builder failed or wrote no graph.
     """
-    for library in ("onnxruntime_genai", "torch", "transformers", "onnx", "onnx_ir"):
-        environment.require(library, "to build the graph")
+    require_libraries()
     wish: dict[str, Any] = {"precision": precision, "provider": provider, "options": options or {}, "sources": sources}
     kept = _kept(model, context_tokens, wish)
     if kept is not None and kept.is_dir():
@@ -81,6 +81,13 @@ def build(
         raise RunFailed(*_failure(code, said))
     if kept is not None:
         shutil.copytree(out, kept)
+
+
+def require_libraries() -> None:
+    """Raise Unavailable, with the line that installs it, where a library is missing that the builder needs."""
+    for library in ("onnxruntime_genai", "torch", "transformers", "onnx", "onnx_ir"):
+        if find_spec(library) is None:  # to import them takes seconds, in which the builder could work
+            environment.require(library, "to build the graph")
 
 
 def _run_beside(command: list[str], folder: str, meanwhile: Callable[[], None] | None) -> tuple[int, str]:

@@ -148,10 +148,9 @@ def build_ir(model: Path, out: Path, *, recipe: IrRecipe, device: str, context_t
         Why there is no IR of the tokenizer; empty where there is one.
 
     Raises:
-        Unavailable: a library of the extra `openvino` is missing, or does not fit torch.
+        Unavailable: a library of the extra `openvino` does not fit torch.
         RunFailed: optimum-intel or nncf failed.
     """
-    require_libraries()
     info = [(["slmops", "device"], device), (["runtime_options", _CACHE], recipe.cache)]
     info += [(["slmops", "properties", name], value) for name, value in recipe.properties.items()]
     with TemporaryDirectory(prefix="slmops-ir-") as scratch, progress.task("build the IR"):
