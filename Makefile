@@ -45,8 +45,8 @@ $(OPENVINO)/installed: pyproject.toml constraints-openvino.txt
 	@touch $@
 
 lint: $(VENV)/installed-dev
-	$(BIN)/ruff format --check slmops tests benchmarks deploy adapters
-	$(BIN)/ruff check slmops tests benchmarks deploy adapters
+	$(BIN)/ruff format --check slmops tests benchmarks deploy adapters olive_configs
+	$(BIN)/ruff check slmops tests benchmarks deploy adapters olive_configs
 
 types: $(VENV)/installed-dev
 	$(BIN)/pyright
