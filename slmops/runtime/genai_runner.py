@@ -128,12 +128,12 @@ class GenaiRunner:
         return self._decoder.prefill(ids, Cache(self._decoder, 1, len(ids)).arrays, self._piece_tokens)
 
     def step_logits(self, ids: Sequence[int], tokens: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the logits after `ids`, and after each further token, (vocabulary,) each, by the graph that ships, a token a run."""
-        self._check(ids, len(tokens))
-        cache = Cache(self._decoder, 1, len(ids) + len(tokens)).arrays
-        yield self._decoder.prefill(ids, cache, self._piece_tokens)
-        for count, token in enumerate(tokens, 1):
-            yield self._decoder.run(np.array([[token]]), np.array([len(ids) + count]), cache)[0, -1]
+        """Yield the logits after `ids`, and after each further token, (vocabulary,) each, by onnxruntime-genai, a token a run."""
+        self._check(ids, max(1, len(tokens)))
+        generator = self._generator({"max_length": min(len(ids) + len(tokens) + 1, self.max_length_tokens), "do_sample": False})
+        for part in (ids, *([token] for token in tokens)):
+            generator.append_tokens(np.asarray(part, np.int32))
+            yield np.array(generator.get_logits(), np.float32).reshape(-1, self.vocabulary)[-1]
 
     def runtime_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Return what `next_logits` does, of onnxruntime-genai's own Generator, which a device runs."""

@@ -63,15 +63,14 @@ def _record(
     openings = _openings(package.tokenizer, package.interface())
     tolerance = _TOLERANCES.get(str(facts["precision"]), 1.0)
     adapters: list[str | None] = [name for name in prompts if name]
-    # The base and the adapters run two graphs, and each is loaded twice, by onnxruntime-genai and by itself: one at a time.
+    # The base and the adapters run two graphs: one at a time is loaded.
     groups = [[None], adapters] if not (folder / FILE).is_file() else [adapters]
     with progress.task("record the self-test", total=sum(map(len, groups))) as task:
         for names in groups:
-            answers = {name: _answers(package, name, prompts.get(name or "") or openings) for name in names}
-            package.close()
             for name in names:
                 path = folder / (_file_of(package.found, name) if name else FILE)
-                artifact.write_json(path, {"tolerance": tolerance, "cases": _cases(package, name, answers[name])})
+                cases = _cases(package, name, _answers(package, name, prompts.get(name or "") or openings))
+                artifact.write_json(path, {"tolerance": tolerance, "cases": cases})
                 task.advance()
             package.close()
 
@@ -158,7 +157,7 @@ def _run(runner: ExportRunner, content: Mapping[str, Any], interface: Interface)
     """Return figures, and what is wrong."""
     tolerance, largest, wrong = float(content["tolerance"]), 0.0, [] if content["cases"] else ["its self-test has no prompts"]
     for number, case in enumerate(content["cases"], 1):
-        logits = runner.next_logits(case["prompt"])
+        logits = next(iter(runner.step_logits(case["prompt"], ())))
         difference = max(abs(float(logits[int(token)]) - value) for token, value in case["logits"].items())
         largest = max(largest, difference)
         if difference > tolerance:
