@@ -59,8 +59,8 @@ HEAVY_ALLOWED = {
     "training/objectives/own_loss_trainer.py": {"torch"},
     "training/objectives/trl_trainers.py": {"datasets", "torch", "transformers", "trl"},
     "olive_passes/evaluator.py": {"olive"},
-    "olive_passes/exporter.py": {"olive"},
     "olive_passes/packer.py": {"olive"},
+    "olive_passes/target_pass.py": {"olive"},
     "graph/builder_process.py": {"torch", "transformers", "onnx_ir"},
 }
 SETTINGS = [value for name, value in vars(config).items() if name.endswith("Settings") and name != "Settings" and isinstance(value, type)]

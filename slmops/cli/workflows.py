@@ -16,7 +16,7 @@ from slmops.config import RunWorkflowSettings
     RunWorkflowSettings,
     examples=(
         "slmops olive run olive_configs/int4_cpu.json",
-        "slmops olive run olive_configs/qnn.json --check",
+        "slmops olive run olive_configs/int4_qnn.json --check",
         "slmops olive run my.json --force --json",
     ),
 )

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from slmops import environment, progress
 from slmops.errors import RunFailed
 from slmops.olive_backend.worker import REFUSED
 
+LOG = "olive.log"
 _POLL_SECONDS = 0.2
 _ROOT = Path(__file__).resolve().parents[2]
 _RAISED = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\w*: .+")
@@ -49,12 +51,36 @@ def execute(work: Path, steps: int, *, cuda: bool, threads: int) -> Outcome:
         RunFailed: Olive failed, made no model, stopped early, or its loss is not finite.
     """
     (work / "tmp").mkdir()
-    log, events = work / "olive.log", work / "events.jsonl"
-    command = [sys.executable, "-P", "-m", "slmops.olive_backend.worker", str(work)]
-    with log.open("wb") as stream, progress.task("finetune with Olive", total=steps, unit="steps") as task:
+    events, place, history = work / "events.jsonl", 0, []
+    with progress.task("finetune with Olive", total=steps, unit="steps") as task:
+
+        def follow() -> None:
+            nonlocal place
+            lines, place = whole_lines(events, place)
+            for event in map(json.loads, lines):
+                if "loss" in event:
+                    task.advance(1, loss=round(event["loss"], 4))
+                history.append(event)
+
+        code = run_module("slmops.olive_backend.worker", work, follow, folder=work, cuda=cuda, threads=threads)
+    return judge(work, code, history, steps)
+
+
+def run_module(module: str, work: Path, follow: Callable[[], None], *, folder: Path | None, cuda: bool, threads: int) -> int:
+    """Run a module in Olive's process, with its log in `work`; return its exit code.
+
+    Args:
+        module: run with `work` as its argument.
+        work: folder of the process's own files.
+        follow: called several times a second, and once more when the process has ended.
+        folder: where it runs; None: the user's.
+        cuda: let it see the GPUs.
+        threads: of its operators.
+    """
+    with (work / LOG).open("wb") as stream:
         process = subprocess.Popen(
-            command,
-            cwd=work,
+            [sys.executable, "-P", "-m", module, str(work)],
+            cwd=folder,
             env=child_environment(work, cuda=cuda, threads=threads),
             stdin=subprocess.DEVNULL,
             stdout=stream,
@@ -62,12 +88,20 @@ def execute(work: Path, steps: int, *, cuda: bool, threads: int) -> Outcome:
             start_new_session=True,  # Ctrl-C is for us: we end it, and say so
         )
         try:
-            history = _follow(process, events, task)
+            ended = False
+            while not ended:
+                ended = process.poll() is not None
+                follow()
+                if not ended:
+                    try:
+                        process.wait(_POLL_SECONDS)
+                    except subprocess.TimeoutExpired:
+                        continue
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-    return judge(work, process.returncode, history, steps)
+    return process.returncode
 
 
 def child_environment(work: Path, *, cuda: bool, threads: int) -> dict[str, str]:
@@ -91,7 +125,7 @@ def judge(work: Path, code: int, history: list[dict[str, Any]], steps: int) -> O
     Raises:
         RunFailed: it is not the training that was asked for.
     """
-    log = (work / "olive.log").read_text(encoding="utf-8", errors="replace")
+    log = (work / LOG).read_text(encoding="utf-8", errors="replace")
     losses = [entry for entry in history if "loss" in entry]
     for entry in losses:
         if not math.isfinite(entry["loss"]):
@@ -127,31 +161,12 @@ def last_error(log: str) -> str:
     return (raised or logged or lines or ["it wrote nothing"])[-1][:300]
 
 
-def _follow(process: subprocess.Popen[bytes], events: Path, task: progress.Task) -> list[dict[str, Any]]:
-    """Show the steps of a process until it ends; return all its events."""
-    history: list[dict[str, Any]] = []
-    place, ended = 0, False
-    while not ended:
-        ended = process.poll() is not None
-        fresh, place = _read_lines(events, place)
-        for event in fresh:
-            if "loss" in event:
-                task.advance(1, loss=round(event["loss"], 4))
-        history += fresh
-        if not ended:
-            try:
-                process.wait(_POLL_SECONDS)
-            except subprocess.TimeoutExpired:
-                continue
-    return history
-
-
-def _read_lines(path: Path, place: int) -> tuple[list[dict[str, Any]], int]:
-    """Return the events of the whole lines behind `place`, and where they end."""
+def whole_lines(path: Path, place: int) -> tuple[list[bytes], int]:
+    """Return the whole lines of a growing file behind `place`, and where they end."""
     if not path.is_file():
         return [], place
     with path.open("rb") as stream:
         stream.seek(place)
         content = stream.read()
     whole = content[: content.rfind(b"\n") + 1]
-    return [json.loads(line) for line in whole.splitlines()], place + len(whole)
+    return whole.splitlines(), place + len(whole)

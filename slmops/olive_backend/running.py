@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,12 +16,10 @@ from typing import Any
 from slmops import artifact, environment, progress
 from slmops.config import RunWorkflowSettings, load
 from slmops.errors import BadArtifact, InvalidInput, RunFailed, SlmopsError, Unavailable
-from slmops.olive_backend.process import child_environment, last_error
+from slmops.olive_backend.process import LOG, last_error, run_module, whole_lines
 from slmops.olive_backend.requirements import require_olive
 from slmops.olive_backend.workflow_file import cache_warnings, output_folder, read_workflow
 
-_POLL_SECONDS = 0.2
-LOG = "olive.log"
 _PREVIOUS = "previous"
 # Files by which Olive's own output folders are known (olive 0.13, engine.py).
 _TRACES = ("model_config.json", "run_history.txt", "footprint.json", LOG)
@@ -117,7 +113,7 @@ def run_workflow(workflow: str | Path, *, config: Any = None, **overrides: Any) 
         label = "check the workflow" if settings.check else f"run {path.name}"
         try:
             result = _judge(work, _execute(work, settings.threads or environment.usable_cores(), label), path, out)
-        except (SlmopsError, KeyboardInterrupt) as error:
+        except BaseException as error:  # whatever it is, what lay there before must not go with the scratch folder
             if not settings.check:
                 _restore(work, out, keep_log=isinstance(error, RunFailed))
             raise
@@ -160,46 +156,19 @@ def _parent(out: Path) -> Path:
 
 
 def _execute(work: Path, threads: int, label: str) -> int:
-    """Run Olive's process in the user's folder, telling what its log says; return its exit code."""
-    command = [sys.executable, "-P", "-m", "slmops.olive_backend.run_process", str(work)]
-    log = work / LOG
-    with log.open("wb") as stream, progress.task(label):
-        process = subprocess.Popen(
-            command,
-            env=child_environment(work, cuda=True, threads=threads),
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for us: we end it, and say so
-        )
-        try:
-            place, ended = 0, False
-            while not ended:
-                ended = process.poll() is not None
-                place = _tell(log, place)
-                if not ended:
-                    try:
-                        process.wait(_POLL_SECONDS)
-                    except subprocess.TimeoutExpired:
-                        continue
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    return process.returncode
+    """Run Olive's process in the user's folder, telling what its log says about passes; return its exit code."""
+    place = 0
 
+    def tell() -> None:
+        nonlocal place
+        lines, place = whole_lines(work / LOG, place)
+        for line in lines:
+            told = _TOLD.search(line.decode("utf-8", errors="replace"))
+            if told:
+                progress.say(told[2])
 
-def _tell(log: Path, place: int) -> int:
-    """Say what is new in Olive's log about passes; return where its whole lines end."""
-    with log.open("rb") as stream:
-        stream.seek(place)
-        content = stream.read()
-    whole = content[: content.rfind(b"\n") + 1]
-    for line in whole.decode("utf-8", errors="replace").splitlines():
-        told = _TOLD.search(line)
-        if told:
-            progress.say(told[2])
-    return place + len(whole)
+    with progress.task(label):
+        return run_module("slmops.olive_backend.run_process", work, tell, folder=None, cuda=True, threads=threads)
 
 
 def _judge(work: Path, code: int, path: Path, out: Path) -> dict[str, Any]:

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from olive.passes import Pass
 from olive.passes.pass_config import PassConfigParam
 
-from slmops import targets
-from slmops.config import PackSettings, load
+from slmops.config import PackSettings
 from slmops.errors import InvalidInput
 from slmops.olive_passes.handover import base_folder, handler_of, told_to_olive
 from slmops.olive_passes.parameters import given, parameters, place
+from slmops.olive_passes.target_pass import TargetPass
 from slmops.packing import pack
 
 _OWN = ("adapter", "remove")
 
 
-class SlmopsPack(Pass):
+class SlmopsPack(TargetPass):
     """Put adapters on one quantized base, switched at run time: HfModel -> ONNXModel."""
 
-    @staticmethod
-    def is_accelerator_agnostic(accelerator_spec: Any) -> bool:
-        """Tell Olive's cache that a package for one target is none for another."""
-        return False
+    verb = PackSettings
+    own = ("adapters", "adapter_name")
 
     @classmethod
     def _default_config(cls, accelerator_spec: Any) -> dict[str, Any]:
@@ -36,18 +33,6 @@ class SlmopsPack(Pass):
             ),
             **parameters(PackSettings, without=_OWN, searched={"precision": ["int4", "int8"]}),
         }
-
-    @classmethod
-    def foretell(cls, wanted: dict[str, Any], accelerator_spec: Any) -> None:
-        """Raise the error of slmops that a run would end with, as far as it can be known before one.
-
-        Args:
-            wanted: the parameters in the workflow, of one candidate.
-            accelerator_spec: the workflow's target.
-        """
-        own = {name: value for name, value in wanted.items() if name not in ("adapters", "adapter_name")}
-        settings = load(PackSettings, own, **place(accelerator_spec))
-        targets.find(settings.device, settings.provider, settings.precision)
 
     def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> Any:
         with told_to_olive():

@@ -137,10 +137,7 @@ class GenaiRunner:
 
     def runtime_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Return what `next_logits` does, of onnxruntime-genai's own Generator, which a device runs."""
-        self._check(ids, 1)
-        generator = self._generator({"max_length": len(ids) + 1, "do_sample": False})
-        generator.append_tokens(np.asarray(ids, np.int32))
-        return np.array(generator.get_logits(), np.float32).reshape(-1, self.vocabulary)[-1]
+        return next(self.step_logits(ids, ()))
 
     def prepare(self) -> None:
         """Load the model as a device does: see `Runner`."""

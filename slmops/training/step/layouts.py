@@ -123,11 +123,15 @@ def shared_beginning(rows: Sequence[Row]) -> int:
     """
     if len(rows) == 1:
         return 0
-    first, others = rows[0][0], rows[1:]
-    for place in range(min(len(ids) for ids, _ in rows) - 2):
-        if any(ids[place] != first[place] for ids, _ in others) or any(labels[place + 1] != IGNORED for _, labels in rows):
-            return place
-    return max(0, min(len(ids) for ids, _ in rows) - 2)
+    ids: list[Any] = [ids for ids, _ in rows]
+    most = max(0, min(map(len, ids)) - 2)
+    # In the order of a dictionary, whatever the first and the last begin with, all between them do.
+    shared = next((place for place, (a, b) in enumerate(zip(min(ids), max(ids), strict=False)) if a != b), most)
+    for _, labels in rows:
+        shared = min(shared, most)
+        if labels[1 : shared + 1].count(IGNORED) < shared:
+            shared = next(place for place in range(shared) if labels[place + 1] != IGNORED)
+    return min(shared, most)
 
 
 def _drops(causal: Any) -> bool:
