@@ -39,6 +39,16 @@ def test_a_batch_answers_as_each_row_alone_and_as_the_stream(kind: str, folders:
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int4"])
+def test_logits_of_an_answer_are_those_that_it_was_chosen_by(kind: str, folders: dict[str, Path]):
+    runner: Any = open_runner(folders[kind], threads=1)
+    for ids in PROMPTS:
+        steps = list(runner.greedy_logits(ids, 6))
+        assert [int(logits.argmax()) for logits in steps] == list(runner.stream(ids, max_new_tokens=6, stop_token_ids=[]))
+        (expected,) = runner.logits([[*ids, *(int(logits.argmax()) for logits in steps[:-1])]])
+        assert np.abs(np.stack(steps) - expected[len(ids) - 1 :]).max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int4"])
 def test_a_row_near_the_length_ends_there_and_does_not_shorten_its_neighbours(kind: str, folders: dict[str, Path]):
     runner: Any = open_runner(folders[kind], threads=1)
     answers = list(runner.generate([[1, 300], [1] + [280] * 42], max_new_tokens=12, stop_token_ids=[]))

@@ -156,13 +156,13 @@ def pieces(length: int, limit: int) -> list[tuple[int, int]]:
 
 
 def greedy(logits: np.ndarray) -> np.ndarray:
-    """Return the id of the highest logit of each row, the lowest id among equals.
+    """Return the ids (...) of the highest of logits (..., vocabulary), the lowest id among equals.
 
     Raises:
         RunFailed: a logit is not finite (onnxruntime-genai would answer 0).
     """
     best = logits.argmax(-1)
-    if not np.isfinite(np.take_along_axis(logits, best[:, None], -1)).all():
+    if not np.isfinite(np.take_along_axis(logits, best[..., None], -1)).all():
         raise RunFailed("the model gives logits that are not finite", "its files are damaged or its numbers overflow; export it again")
     return best
 

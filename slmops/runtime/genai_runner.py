@@ -127,17 +127,20 @@ class GenaiRunner:
         self._check(ids, 0)
         return self._decoder.prefill(ids, Cache(self._decoder, 1, len(ids)).arrays, self._piece_tokens)
 
-    def step_logits(self, ids: Sequence[int], tokens: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the logits after `ids`, and after each further token, (vocabulary,) each, by onnxruntime-genai, a token a run."""
-        self._check(ids, max(1, len(tokens)))
-        generator = self._generator({"max_length": min(len(ids) + len(tokens) + 1, self.max_length_tokens), "do_sample": False})
-        for part in (ids, *([token] for token in tokens)):
+    def greedy_logits(self, ids: Sequence[int], count: int) -> Iterator[np.ndarray]:
+        """Yield the logits after `ids`, then after each most likely token, by onnxruntime-genai: see `ExportRunner`."""
+        self._check(ids, count)
+        generator = self._generator({"max_length": len(ids) + count, "do_sample": False})
+        part = list(ids)
+        for _ in range(count):
             generator.append_tokens(np.asarray(part, np.int32))
-            yield np.array(generator.get_logits(), np.float32).reshape(-1, self.vocabulary)[-1]
+            logits = np.array(generator.get_logits(), np.float32).reshape(-1, self.vocabulary)[-1]
+            yield logits
+            part = [int(greedy(logits))]
 
     def runtime_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Return what `next_logits` does, of onnxruntime-genai's own Generator, which a device runs."""
-        return next(self.step_logits(ids, ()))
+        return next(self.greedy_logits(ids, 1))
 
     def prepare(self) -> None:
         """Load the model as a device does: see `Runner`."""

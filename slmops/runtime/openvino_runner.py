@@ -118,10 +118,13 @@ class OpenvinoRunner:
         """Return the logits of the token after `ids`, (vocabulary,)."""
         return next(self.logits([ids]))[-1]
 
-    def step_logits(self, ids: Sequence[int], tokens: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the logits after `ids`, and after each further token: see `ExportRunner`."""
-        for count in range(len(tokens) + 1):
-            yield self.next_logits([*ids, *tokens[:count]])
+    def greedy_logits(self, ids: Sequence[int], count: int) -> Iterator[np.ndarray]:
+        """Yield the logits after `ids`, then after each most likely token: see `ExportRunner`."""
+        row = list(ids)
+        for _ in range(count):
+            logits = self.next_logits(row)
+            yield logits
+            row.append(int(greedy(logits)))
 
     def prepare(self) -> None:
         """Load the model as a device does: see `Runner`."""

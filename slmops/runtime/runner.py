@@ -84,6 +84,6 @@ class ExportRunner(Runner, Protocol):
         """Return the float32 logits of the token after `ids`, (vocabulary,), by the graph that ships."""
         ...
 
-    def step_logits(self, ids: Sequence[int], tokens: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the logits after `ids`, and after each further token, (vocabulary,) each, by the graph that ships."""
+    def greedy_logits(self, ids: Sequence[int], count: int) -> Iterator[np.ndarray]:
+        """Yield the logits after `ids`, then after the most likely token, and so on: `count` times (vocabulary,), by the graph that ships."""
         ...

@@ -120,14 +120,15 @@ class StaticRunner:
         """Return the logits of the token after `ids`, (vocabulary,)."""
         return next(self.logits([ids]))[-1]
 
-    def step_logits(self, ids: Sequence[int], tokens: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the logits after `ids`, and after each further token, by the decode graph: see `ExportRunner`."""
-        self._check(ids, len(tokens))
+    def greedy_logits(self, ids: Sequence[int], count: int) -> Iterator[np.ndarray]:
+        """Yield the logits after `ids`, then after each most likely token, by the decode graph: see `ExportRunner`."""
+        self._check(ids, count)
         logits, cache = self.decoder.prefill(ids, self.decoder.empty())
-        yield logits[-1]
-        for number, token in enumerate(tokens):
-            row, cache = self.decoder.step(token, len(ids) + number, cache)
-            yield row
+        last = logits[-1]
+        yield last
+        for number in range(count - 1):
+            last, cache = self.decoder.step(int(greedy(last)), len(ids) + number, cache)
+            yield last
 
     def prepare(self) -> None:
         """Load both graphs: see `Runner`."""

@@ -20,6 +20,7 @@ from slmops import artifact, progress
 from slmops.artifact import Artifact
 from slmops.data import Interface, Tokenizer, encode_prompt, read_rows, row_format_of
 from slmops.errors import BadArtifact, SlmopsError, Unavailable
+from slmops.runtime.decoder import greedy
 from slmops.runtime.package import Package
 from slmops.runtime.runner import ExportRunner
 from slmops.verification.stages import Stage
@@ -69,7 +70,7 @@ def _record(
         for names in groups:
             for name in names:
                 path = folder / (_file_of(package.found, name) if name else FILE)
-                cases = _cases(package, name, _answers(package, name, prompts.get(name or "") or openings))
+                cases = _cases(package, name, prompts.get(name or "") or openings)
                 artifact.write_json(path, {"tolerance": tolerance, "cases": cases})
                 task.advance()
             package.close()
@@ -128,23 +129,25 @@ def check_self_test(folder: Path, found: Artifact | None, adapters: Sequence[str
     )
 
 
-def _answers(package: Package, name: str | None, prompts: Sequence[list[int]]) -> list[tuple[list[int], list[int]]]:
-    """Return prompts, cut to what fits, with the tokens that onnxruntime-genai answers."""
-    runner, stops = package.engine_runner(name), package.interface(name).stop_token_ids
-    fitting = [prompt[-max(1, runner.max_length_tokens - _NEW_TOKENS) :] for prompt in prompts]
-    return [(ids, list(runner.stream(ids, max_new_tokens=_NEW_TOKENS, stop_token_ids=stops))) for ids in fitting]
-
-
-def _cases(package: Package, name: str | None, answers: Sequence[tuple[list[int], list[int]]]) -> list[dict[str, Any]]:
-    runner, interface = package.engine_runner(name), package.interface(name)
+def _cases(package: Package, name: str | None, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
+    """Return what a runner answers to prompts, cut to what fits, with the logits that it chose by."""
+    runner, stops = package.engine_runner(name), list(package.interface(name).stop_token_ids)
     cases = []
-    for ids, tokens in answers:
-        steps = list(runner.step_logits(ids, tokens[: _NEW_TOKENS - 1]))
+    for prompt in prompts:
+        ids = list(prompt[-max(1, runner.max_length_tokens - _NEW_TOKENS) :])
+        tokens: list[int] = []
+        steps: list[np.ndarray] = []
+        for logits in runner.greedy_logits(ids, min(_NEW_TOKENS, runner.max_length_tokens - len(ids))):
+            steps.append(logits)
+            tokens.append(int(greedy(logits)))
+            if tokens[-1] in stops:
+                tokens.pop()
+                break
         top = np.argsort(-steps[0], kind="stable")[:_TOP]
         cases.append(
             {
-                "prompt": list(ids),
-                "stop_tokens": list(interface.stop_token_ids),
+                "prompt": ids,
+                "stop_tokens": stops,
                 "tokens": tokens,
                 "margins": [round(_margin(logits), 4) for logits in steps],
                 "logits": {str(int(token)): round(float(steps[0][token]), 5) for token in top},
@@ -157,7 +160,7 @@ def _run(runner: ExportRunner, content: Mapping[str, Any], interface: Interface)
     """Return figures, and what is wrong."""
     tolerance, largest, wrong = float(content["tolerance"]), 0.0, [] if content["cases"] else ["its self-test has no prompts"]
     for number, case in enumerate(content["cases"], 1):
-        logits = next(iter(runner.step_logits(case["prompt"], ())))
+        logits = next(runner.greedy_logits(case["prompt"], 1))
         difference = max(abs(float(logits[int(token)]) - value) for token, value in case["logits"].items())
         largest = max(largest, difference)
         if difference > tolerance:
