@@ -57,6 +57,7 @@ PROVIDED_BY = {
     "mlflow": ("mlflow-skinny", "mlflow"),
     "numpy": ("numpy", "runtime"),
     "olive": ("olive-ai", "olive"),
+    "ml_dtypes": ("ml-dtypes", "train"),
     "onnx": ("onnx", "train"),
     "onnx_ir": ("onnx-ir", "train"),
     "onnxruntime": ("onnxruntime", "runtime"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,17 +21,28 @@ class StoredWeights(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, folder: Path) -> None:
-        safetensors = environment.require("safetensors", "to read weights")
+        environment.require("ml_dtypes", "to read weights")  # by which numpy knows bfloat16
         self._files: dict[str, Path] = {}
         for file in sorted(folder.glob("*.safetensors")):
-            with safetensors.safe_open(file, framework="numpy") as stored:
+            with self._open(file) as stored:
                 self._files |= dict.fromkeys(stored.keys(), file)
 
     def __getitem__(self, name: str) -> np.ndarray:
         place = self._place(name)
-        safetensors = environment.require("safetensors", "to read weights")
-        with safetensors.safe_open(self._files[place], framework="pt") as stored:  # numpy has no bfloat16
-            return stored.get_tensor(place).float().numpy()
+        with self._open(self._files[place]) as stored:
+            return stored.get_tensor(place).astype(np.float32, copy=False)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return some rows of a parameter as float32; no other is read."""
+        place = self._place(name)
+        with self._open(self._files[place]) as stored:
+            return stored.get_slice(place)[start:stop].astype(np.float32, copy=False)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter; it is not read."""
+        place = self._place(name)
+        with self._open(self._files[place]) as stored:
+            return tuple(stored.get_slice(place).get_shape())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -40,6 +52,10 @@ class StoredWeights(Mapping[str, np.ndarray]):
 
     def __contains__(self, name: object) -> bool:
         return self._place(name) in self._files  # Mapping's own would read the tensor
+
+    @staticmethod
+    def _open(file: Path) -> Any:
+        return environment.require("safetensors", "to read weights").safe_open(file, framework="numpy")
 
     def _place(self, name: object) -> str:
         tied = name == f"{HEAD}.weight" and name not in self._files
