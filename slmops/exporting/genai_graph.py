@@ -44,19 +44,9 @@ def write_export(draft: Draft, source: Path, interface: Interface, target: targe
 
     with TemporaryDirectory(prefix="slmops-export-") as scratch:
         built = Path(scratch) / "float"
-        building.build(
-            source,
-            built,
-            precision="fp32",
-            provider="cpu",
-            context_tokens=interface.max_length_tokens,
-            options=building.float_options(source),
-            sources=True,
-            meanwhile=lambda: _prepare(draft, source),
+        graph = building.build_and_quantize(
+            source, built, recipe, context_tokens=interface.max_length_tokens, meanwhile=lambda: _prepare(draft, source)
         )
-        graph = building.load_built(built, source)
-        if recipe.bits:
-            rewriting.quantize_graph(graph, recipe.scheme)
         rewriting.save_twins(graph, draft.folder)
         write_runtime_config(built / "genai_config.json", draft.folder / "genai_config.json", interface)
     copy_tokenizer(source, draft.folder)
@@ -70,7 +60,7 @@ def write_export(draft: Draft, source: Path, interface: Interface, target: targe
 def _prepare(draft: Draft, source: Path) -> None:
     """Do what else an export needs while the builder works: the model's fingerprint, and libraries that are slow to import."""
     draft.add_input("baseline", source)
-    for library in ("torch", "onnx_ir", "onnxruntime", "onnxruntime_genai"):
+    for library in ("onnx_ir", "onnxruntime", "onnxruntime_genai"):
         environment.require(library, "to write an export")
 
 

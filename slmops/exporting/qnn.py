@@ -167,12 +167,8 @@ def _write_portable(source: Path, out: Path, built: Path, interface: Interface, 
 
     onnx_ir = environment.require("onnx_ir", "to write a graph")
     length = interface.max_length_tokens
-    options = building.float_options(source)
-    building.build(source, built, precision="fp32", provider="cpu", context_tokens=length, options=options, sources=True)
+    graph = building.build_and_quantize(source, built, recipe, context_tokens=length)
     config = json.loads((built / "genai_config.json").read_text(encoding="utf-8"))
-    graph = building.load_built(built, source)
-    if recipe.bits:
-        rewriting.quantize_graph(graph, recipe.scheme)
     out.mkdir()
     rewriting.save_twins(graph, out)
     for name, count in ((PREFILL, tokens), (DECODE, 1)):

@@ -44,16 +44,19 @@ class Recipe:
     chosen: dict[str, Scheme] = field(default_factory=dict)
 
     def scheme(self, linear: Linear) -> Scheme:
-        """Return a layer's scheme, and remember it for the manifest.
+        """Return a layer's scheme, and remember it for the manifest: see `rule`."""
+        scheme = self.rule(linear)
+        self.chosen[_kind(linear)] = scheme
+        return scheme
+
+    def rule(self, linear: Linear) -> Scheme:
+        """Return a layer's scheme.
 
         Raises:
             InvalidInput: no block size divides the layer, or the one asked for does not.
         """
-        kind = linear.name.rsplit(".", 1)[-1]
-        bits = 8 if kind in _FRAGILE else self.bits
-        scheme = Scheme(bits, self._block(linear, bits))
-        self.chosen[kind] = scheme
-        return scheme
+        bits = 8 if _kind(linear) in _FRAGILE else self.bits
+        return Scheme(bits, self._block(linear, bits))
 
     def document(self) -> dict[str, Any]:
         """Return the recipe as manifests hold it."""
@@ -74,6 +77,10 @@ class Recipe:
                 f"use {block_by_rule(linear.inputs, bits)}, or leave it out: the rule never pads",
             )
         return self.block_size
+
+
+def _kind(linear: Linear) -> str:
+    return linear.name.rsplit(".", 1)[-1]
 
 
 def block_by_rule(inputs: int, bits: int, *, largest: int = _BLOCK_SIZES[0], even: bool = False) -> int:

@@ -19,14 +19,21 @@ import numpy as np
 from slmops import environment, progress
 from slmops.errors import RunFailed
 from slmops.graph.linears import EMBEDDING, HEAD, Linear, Model, Node, Value, embedding, linears, weights
-from slmops.graph.quantization import Quantized, Scheme, pack, quantize
+from slmops.graph.quantization import Packed, Scheme, pack, quantize
 from slmops.graph.recipes import ACCURACY_LEVEL
 
+# What is read and turned for the data file at once.
+_WRITING_THREADS, _WRITING_BYTES = 4, 256 << 20
 MAIN, FULL, ADAPTED, DATA = "model.onnx", "model_full.onnx", "model_adapters.onnx", "model.onnx.data"
 
 
 def quantize_graph(
-    model: Model, scheme_of: Callable[[Linear], Scheme], *, accuracy_level: int = ACCURACY_LEVEL, quantized_embedding: bool = True
+    model: Model,
+    scheme_of: Callable[[Linear], Scheme],
+    *,
+    accuracy_level: int = ACCURACY_LEVEL,
+    quantized_embedding: bool = True,
+    ahead: Callable[[Linear, Scheme], Packed | None] = lambda _linear, _scheme: None,
 ) -> None:
     """Quantize every linear layer of a float graph, in place, one tensor at a time. Scales have the type of the weights.
 
@@ -35,6 +42,7 @@ def quantize_graph(
         scheme_of: the scheme of each layer.
         accuracy_level: of every MatMulNBits.
         quantized_embedding: the provider has a kernel for a quantized embedding; without it, the embedding stays float.
+        ahead: what `quantize` would give for a layer, where it is there already.
     """
     found = linears(model)
     table = embedding(model) if quantized_embedding else None
@@ -44,18 +52,22 @@ def quantize_graph(
         for node in model.graph
         if node.op_type == "MatMul" and len(node.inputs) > 1 and node.inputs[1] is not None
     }
+
+    def quantized_tensors(linear: Linear) -> tuple[Scheme, list[Value]]:
+        scheme = scheme_of(linear)
+        packed = ahead(linear, scheme) or pack(quantize(weights(model, linear), scheme))
+        return scheme, _initializers(model, linear.tensors[0], scheme, packed)
+
     with progress.task("quantize", total=len(found) + (table is not None and not tied), unit="layers") as task:
         for linear in found:
-            matrix = quantize(weights(model, linear), scheme_of(linear))
-            values = _initializers(model, linear.tensors[0], matrix)
-            _replace_matmul(model, nodes[linear.tensors[0]], linear, matrix, values, accuracy_level)
+            scheme, values = quantized_tensors(linear)
+            _replace_matmul(model, nodes[linear.tensors[0]], linear, scheme, values, accuracy_level)
             if tied and table is not None and linear.tensors == table.tensors:
-                _replace_gather(model, matrix, values)
+                _replace_gather(model, scheme, values)
             _drop(model, linear.tensors[0])
             task.advance()
         if table is not None and not tied:
-            matrix = quantize(weights(model, table), scheme_of(table))
-            _replace_gather(model, matrix, _initializers(model, table.tensors[0], matrix))
+            _replace_gather(model, *quantized_tensors(table))
             _drop(model, table.tensors[0])
             task.advance()
 
@@ -94,19 +106,20 @@ def save_twins(model: Model, folder: Path) -> None:
     """
     onnx_ir = environment.require("onnx_ir", "to write a graph")
     _forget_inner_shapes(model)
-    onnx_ir.save(model, folder / FULL, external_data=DATA)
+    threads = min(environment.usable_cores(), _WRITING_THREADS)
+    onnx_ir.save(model, folder / FULL, external_data=DATA, max_workers=threads, max_in_flight_bytes=_WRITING_BYTES)
     short = onnx_ir.load(folder / FULL)
     keep_last_token(short)
     onnx_ir.save(short, folder / MAIN)
 
 
-def _initializers(model: Model, stem: str, matrix: Quantized) -> list[Value]:
+def _initializers(model: Model, stem: str, scheme: Scheme, packed: Packed) -> list[Value]:
     """Register codes, scales and zero points as initializers; return them in the order that the operators want."""
     onnx_ir = environment.require("onnx_ir", "to rewrite a graph")
     values = []
-    codes, scales, points = pack(matrix)
+    codes, scales, points = packed
     scales = scales.astype(model.graph.initializers[stem].dtype.numpy(), copy=False)
-    for suffix, array in zip((f"_Q{matrix.scheme.bits}", "_scales", "_zero_points"), (codes, scales, points), strict=True):
+    for suffix, array in zip((f"_Q{scheme.bits}", "_scales", "_zero_points"), (codes, scales, points), strict=True):
         tensor = onnx_ir.tensor(np.ascontiguousarray(array), name=stem + suffix)
         value = onnx_ir.Value(name=stem + suffix, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor)
         model.graph.initializers[value.name] = value
@@ -114,12 +127,12 @@ def _initializers(model: Model, stem: str, matrix: Quantized) -> list[Value]:
     return values
 
 
-def _replace_matmul(model: Model, node: Node, linear: Linear, matrix: Quantized, values: list[Value], accuracy_level: int) -> None:
-    attributes = {"K": linear.inputs, "N": linear.outputs, "bits": matrix.scheme.bits, "block_size": matrix.scheme.block_size}
+def _replace_matmul(model: Model, node: Node, linear: Linear, scheme: Scheme, values: list[Value], accuracy_level: int) -> None:
+    attributes = {"K": linear.inputs, "N": linear.outputs, "bits": scheme.bits, "block_size": scheme.block_size}
     _replace(model, node, "MatMulNBits", [node.inputs[0], *values], {**attributes, "accuracy_level": accuracy_level})
 
 
-def _replace_gather(model: Model, matrix: Quantized, values: list[Value]) -> None:
+def _replace_gather(model: Model, scheme: Scheme, values: list[Value]) -> None:
     """Let the embedding read the quantized table: `values` as MatMulNBits lays them out, its codes seen as a matrix."""
     onnx_ir = environment.require("onnx_ir", "to rewrite a graph")
     ids = next(value for value in model.graph.inputs if value.name == "input_ids")
@@ -133,7 +146,7 @@ def _replace_gather(model: Model, matrix: Quantized, values: list[Value]) -> Non
     reshape = onnx_ir.node("Reshape", [codes, constant], name=f"/{EMBEDDING.replace('.', '/')}/Reshape")
     reshape.outputs[0].name = f"{reshape.name}/output_0"
     model.graph.insert_before(gather, reshape)
-    attributes = {"bits": matrix.scheme.bits, "block_size": matrix.scheme.block_size, "gather_axis": 0, "quantize_axis": 1}
+    attributes = {"bits": scheme.bits, "block_size": scheme.block_size, "gather_axis": 0, "quantize_axis": 1}
     _replace(model, gather, "GatherBlockQuantized", [reshape.outputs[0], ids, *values[1:]], attributes)
     if transpose is not None and not list(transpose.outputs[0].uses()):
         model.graph.remove(transpose, safe=True)
