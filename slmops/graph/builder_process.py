@@ -9,6 +9,7 @@ matrix is looked up as soon as it is made: where it is, number by number, parame
 place in the graph holds no data and `sources.json` says which they are. Whatever else it is goes to the data file at once.
 """
 
+import gc
 import json
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -25,8 +26,11 @@ def main() -> None:
     package = find_spec("onnxruntime_genai")
     assert package is not None and package.origin is not None
     sys.path.insert(0, str(Path(package.origin).parent / "models"))
+    gc.disable()  # an eighth of this process's time would be spent on looking, again and again, at what these libraries define
     import builder  # type: ignore[import-not-found]  # noqa: PLC0415
 
+    gc.freeze()
+    gc.enable()
     _load("builder_mends").mend()
     arguments = ("", request["model"], request["out"], request["precision"], request["provider"], request["cache"])
     if request["sources"]:
