@@ -12,7 +12,7 @@ import click
 
 from slmops.cli.commands import root
 from slmops.cli.session import DEBUG
-from slmops.environment import process_index
+from slmops.environment import collect_seldom, process_index
 from slmops.errors import InvalidInput, RunFailed, SlmopsError, Unavailable
 
 INTERRUPTED = 130
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if arguments is None else arguments)
     asked = set(words[: words.index("--")] if "--" in words else words)
     started = time.perf_counter()
+    collect_seldom()
     try:
         code = root.main(words, prog_name="slmops", standalone_mode=False, obj=DEBUG if "--debug" in asked else None)
         sys.exit(code if isinstance(code, int) else 0)

@@ -20,6 +20,7 @@ _PURPOSE = "to build an OpenVINO export"
 
 def main() -> None:
     """Write what the request asks for: see `slmops.graph.ir_building`."""
+    environment.collect_seldom()
     nncf, openvino = (environment.require(name, _PURPOSE) for name in ("nncf", "openvino"))
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     out = Path(request["out"])

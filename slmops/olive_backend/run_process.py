@@ -19,6 +19,7 @@ NO_MODEL = 4
 
 def main(work: Path) -> int:
     """Check the workflow that `request.json` names, and run it unless only the check was asked for."""
+    environment.collect_seldom()
     from slmops.olive_backend.package_config import package_config
     from slmops.olive_backend.validation import validate
 

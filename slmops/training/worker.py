@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from slmops import progress
+from slmops import environment, progress
 from slmops.training.launching import error_document
 
 INTERRUPTED = 130
@@ -71,6 +71,7 @@ def end_with(launcher: int) -> None:
 
 def main(work: Path, launcher: int) -> int:
     """Train."""
+    environment.collect_seldom()
     end_with(launcher)
     index = int(os.environ["RANK"])
     job = json.loads((work / "job.json").read_text(encoding="utf-8"))
