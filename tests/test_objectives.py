@@ -432,11 +432,6 @@ def test_dpo_refuses_what_it_cannot_mean(base: Path, preferred: Path, tmp_path: 
         finetune(base, preferred, tmp_path / "out", **({"objective": "dpo", **PAIRS} | settings))
 
 
-def test_an_objective_whose_loss_is_of_one_process_refuses_several(base: Path, preferred: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="train in one process"):
-        finetune(base, preferred, tmp_path / "out", objective="dpo", processes=2, **PAIRS)
-
-
 def test_rslora_of_a_reward_model_has_rsloras_own_scale(base: Path, preferred: Path, tmp_path: Path) -> None:
     made = finetune(base, preferred, tmp_path / "out", objective="reward", method="rslora", max_steps=1, validation_share=0.0, **PAIRS)
     details = json.loads((made.path / "adapter_config.json").read_text())

@@ -58,6 +58,17 @@ def test_the_shares_of_a_batch_are_the_batch(rows: int, size: int, count: int) -
             assert max(len(share[number]) for share in shares) - min(len(share[number]) for share in shares) <= 1
 
 
+@pytest.mark.parametrize(("rows", "size", "count"), [(40, 8, 2), (41, 8, 3), (9, 4, 2), (3, 8, 5)])
+def test_even_shares_have_the_mean_of_the_batch(rows: int, size: int, count: int) -> None:
+    """The mean of their means, as gradients are averaged."""
+    value = [float(i * i) for i in range(rows)]
+    shares = [list(SharedBatches(Epochs(rows, size), index, count, even=True)) for index in range(count)]
+    for number, batch in enumerate(Epochs(rows, size)):
+        means = [sum(value[row] for row in share[number]) / len(share[number]) for share in shares]
+        assert sum(means) / count == pytest.approx(sum(value[row] for row in batch) / len(batch))
+        assert len({len(share[number]) for share in shares}) == 1
+
+
 def test_a_process_without_a_row_computes_on_one_of_which_nothing_counts() -> None:
     (share,) = SharedBatches(Epochs(1, 4), 1, 2)
     assert share == [-1]
@@ -179,6 +190,45 @@ def test_two_processes_learn_what_one_learns(base: Path, rows: Path, tmp_path: P
     assert launched.returncode == 0, launched.stderr
     assert json.loads(launched.stdout)["processes"] == 2
     assert_same_curve(tmp_path / "launched", tmp_path / "one")
+
+
+PAIRS = {"prompt_template": PROMPT, "chosen_template": COMPLETION, "rejected_template": " {other}"}
+MEAN_LOSS = """
+class Mean:
+    def __call__(self, model, batch):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        losses = logits.transpose(1, 2).log_softmax(1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        counted = labels >= 0
+        return -((losses * counted).sum(1) / counted.sum(1)).mean()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["multitask", "dpo", "reward", "a loss of one's own"])
+def test_two_processes_learn_another_objective_as_one_does(objective: str, base: Path, rows: Path, tmp_path: Path) -> None:
+    """Nine rows in batches of four: the last cannot be shared out."""
+    other = {"music": "light", "light": "weather", "weather": "music"}
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    pairs = write_rows(tmp_path / "pairs.jsonl", [row | {"other": other[row["intent"]]} for row in found])
+    (tmp_path / "mean.py").write_text(MEAN_LOSS)
+    settings: dict[str, Any] = {"batch_size": 4, "lora_rank": 4, "learning_rate": 3e-3, "threads": 1, "precision": "fp32", "max_steps": 6}
+    if objective == "multitask":
+        data: Path | None = None
+        settings |= {"objective": objective, "task": [f"a={rows}", f"b={rows}"], "task_weight": ["a=2", "b=1"], **TEMPLATES}
+        settings |= {"task_validation": [f"a={rows}", f"b={rows}"]}
+    elif objective in ("dpo", "reward"):
+        data = pairs
+        settings |= {"objective": objective, "validation": pairs, **PAIRS}
+    else:
+        data = rows
+        settings |= {"loss": f"{tmp_path / 'mean.py'}:Mean", "validation": rows, **TEMPLATES}
+    one = slmops.finetune(base, data, out=tmp_path / "one", **settings)
+    two = slmops.finetune(base, data, out=tmp_path / "two", processes=2, **settings)
+    assert two.manifest.facts["processes"] == 2
+    assert_same_curve(two.path, one.path)
+    assert any("validation_loss" in point for point in curve(two.path))
+    assert two.manifest.metrics["validation_loss"]["value"] == pytest.approx(one.manifest.metrics["validation_loss"]["value"], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -100,9 +100,6 @@ def check_run(settings: FinetuneSettings) -> None:
             f"--evaluations {5 * run.patience}, or less patience",
         )
     given = {"patience": run.patience, "checkpoints": run.checkpoints, "checkpoint_steps": run.checkpoint_steps, "report_to": run.report_to}
-    alone = settings.objective.objective in ("multitask", "dpo", "reward") or settings.objective.loss is not None
-    if run.processes > 1 and alone:
-        raise InvalidInput("objectives multitask, dpo and reward and a loss of your own train in one process", "leave --processes out")
     own_step = settings.objective.objective in ("sft", "pretrain", "multitask") and settings.objective.loss is None
     if run.activation_checkpoints == "on" and not own_step:
         raise InvalidInput("activation_checkpoints: objectives dpo and reward and a loss of your own hold activations", "leave it out")

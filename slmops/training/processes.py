@@ -114,10 +114,16 @@ class SharedBatches:
 
     A batch with fewer rows than processes leaves some without one. They compute on its first row, of which nothing counts
     (`row_of`), as gradients are summed up by all or by none.
+
+    Args:
+        batches: of all processes.
+        index: of this one.
+        size: their number.
+        even: shares are of one size, as a mean of means wants them; a batch that cannot be shared out so is computed by each whole.
     """
 
-    def __init__(self, batches: Batching, index: int, size: int) -> None:
-        self.batches, self.index, self.size = batches, index, size
+    def __init__(self, batches: Batching, index: int, size: int, *, even: bool = False) -> None:
+        self.batches, self.index, self.size, self.even = batches, index, size, even
         self.batch_size, self.drop_last = max(1, batches.batch_size // size), False
 
     def set_epoch(self, epoch: int) -> None:
@@ -129,13 +135,16 @@ class SharedBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches:
-            yield batch[self.index :: self.size] or [-1 - batch[0]]
+            if self.even and len(batch) % self.size:
+                yield batch
+            else:
+                yield batch[self.index :: self.size] or [-1 - batch[0]]
 
 
-def share(batches: Batching, accelerator: Any) -> Batching:
-    """Return the batches of this process."""
+def share(batches: Batching, accelerator: Any, *, even: bool = False) -> Batching:
+    """Return the batches of this process: see `SharedBatches`."""
     count = accelerator.num_processes
-    return batches if count == 1 else SharedBatches(batches, accelerator.process_index, count)
+    return batches if count == 1 else SharedBatches(batches, accelerator.process_index, count, even=even)
 
 
 def row_of(rows: list[tuple[list[int], list[int]]], number: int, ignored: int) -> tuple[list[int], list[int]]:

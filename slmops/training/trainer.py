@@ -135,11 +135,13 @@ class SupervisedTrainer(ResumableTrainer):
 
     def measure(self) -> dict[str, float]:
         """Return the validation loss, in nats a supervised token, as `eval_loss`."""
-        return {"eval_loss": self.shared_validation_loss(self.model, 4 * self.args.per_device_train_batch_size)}
+        return {"eval_loss": self.shared_validation_loss(self.validation_rows)}
 
-    def shared_validation_loss(self, model: Any, batch_size: int) -> float:
-        """Return the mean loss over all validation rows, of which each process computes its share."""
-        count, index, rows = self.accelerator.num_processes, self.accelerator.process_index, self.validation_rows
+    def shared_validation_loss(self, rows: list[Row]) -> float:
+        """Return the mean loss over all rows, of which each process computes its share."""
+        model: Any = self.model
+        batch_size = 4 * self.args.per_device_train_batch_size
+        count, index = self.accelerator.num_processes, self.accelerator.process_index
         if count == 1 or self.sharded:  # sharded, every process has to take part in every batch
             return validation_loss(model, rows, batch_size, self.layout)
         own = rows[index::count]

@@ -115,7 +115,8 @@ def _trainer(setup: Setup, settings: FinetuneSettings, team: Team) -> Any:
 
     from slmops.training.watching import Patience, Seldom
 
-    trainer = setup.course.trainer(setup) if setup.course.trainer is not None else _own_trainer(setup, settings, team)
+    trainer = setup.course.trainer(setup) if setup.course.trainer is not None else _own_trainer(setup, settings)
+    team.drop_apart(settings.run.seed)
     trainer.remove_callback(PrinterCallback)
     apart = checkpoints.seconds_apart(settings.run) if team.size == 1 else 0.0
     for callback in (*methods.callbacks_for(settings.method, setup.model), Patience(settings.run.patience), Seldom(apart)):
@@ -123,12 +124,11 @@ def _trainer(setup: Setup, settings: FinetuneSettings, team: Team) -> Any:
     return trainer
 
 
-def _own_trainer(setup: Setup, settings: FinetuneSettings, team: Team) -> Any:
+def _own_trainer(setup: Setup, settings: FinetuneSettings) -> Any:
     from slmops.training.trainer import SupervisedTrainer
 
     rows, held_out = pairs_of(setup.train), pairs_of(setup.validation)
     layout = _layout(setup.model, rows)
-    team.drop_apart(settings.run.seed)
     return SupervisedTrainer(setup.model, setup.arguments, rows, held_out, settings.run.seed, layout, setup.keep, order=setup.course.order)
 
 

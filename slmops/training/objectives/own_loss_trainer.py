@@ -20,7 +20,7 @@ LossRow = tuple[Encoded, Row]
 
 
 class OwnLossTrainer(SupervisedTrainer):
-    """A `SupervisedTrainer` whose loss is the user's; an optimizer step takes the mean over its rows.
+    """A `SupervisedTrainer` whose loss is the user's; an optimizer step takes the mean over its rows, those of all processes.
 
     Args:
         setup: of the run.
@@ -39,41 +39,59 @@ class OwnLossTrainer(SupervisedTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the length-grouped batches, as the loss is given them."""
-        loader = DataLoader(self.own_rows, batch_sampler=EpochBatches(self.order), collate_fn=collate_rows)  # type: ignore[arg-type]
+        batches: Any = processes.share(EpochBatches(self.order), self.accelerator)
+        loader = DataLoader(self.own_rows, batch_sampler=batches, collate_fn=_collate)  # type: ignore[arg-type]
         return processes.prepare_loader(loader, self.accelerator)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
-        """Count the rows of an optimizer step, over its accumulated batches."""
-        return sum(len(batch["rows"]) for batch in batch_samples)
+        """Count the rows of an optimizer step, over its accumulated batches and all processes."""
+        count = sum(batch["counted"] for batch in batch_samples)
+        if self.accelerator.num_processes > 1:
+            count = int(self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum"))  # type: ignore[arg-type]
+        return count
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Return the user's loss, weighted by the batch's share of the optimizer step's rows."""
-        rows = len(inputs["rows"])
-        return self.loss(model, inputs) * (rows / (num_items_in_batch or rows))
+        batch = dict(inputs)
+        counted = batch.pop("counted")
+        share = counted / (num_items_in_batch or counted or 1)
+        # Gradients of processes are averaged afterwards, and the rows are those of all of them.
+        return self.loss(model, batch) * (share * self.accelerator.num_processes)  # type: ignore[arg-type]
 
     def measure(self) -> dict[str, float]:
         """Return the mean of the user's loss over the validation rows as `eval_loss`."""
         model: Any = self.model
-        size = self.args.per_device_train_batch_size
+        size, count, index = self.args.per_device_train_batch_size, self.accelerator.num_processes, self.accelerator.process_index
+        starts = range(0, len(self.held_out), size)
         total = 0.0
         model.eval()
         with torch.no_grad():
-            for start in range(0, len(self.held_out), size):
+            for start in starts if self.sharded else starts[index::count]:
                 some = self.held_out[start : start + size]
                 total += float(self.loss(model, self._prepare_inputs(collate_rows(some)))) * len(some)  # type: ignore[arg-type]
         model.train()
+        if count > 1 and not self.sharded:
+            summed: Any = self.accelerator.reduce(torch.tensor(total, dtype=torch.float64, device=self.args.device), reduction="sum")
+            total = float(summed)
         return {"eval_loss": total / len(self.held_out)}
 
 
 class _Rows(Dataset):
+    """Rows by their number, and whether they count: see `processes.SharedBatches`."""
+
     def __init__(self, rows: Sequence[LossRow]) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> LossRow:
-        return self.rows[index]
+    def __getitem__(self, index: int) -> tuple[LossRow, bool]:
+        return self.rows[index if index >= 0 else -1 - index], index >= 0
+
+
+def _collate(items: Sequence[tuple[LossRow, bool]]) -> dict[str, Any]:
+    """Return what a loss is given, and how many of its rows count."""
+    return {**collate_rows([row for row, _ in items]), "counted": sum(counts for _, counts in items)}
 
 
 def collate_rows(rows: Sequence[LossRow]) -> LossBatch:

@@ -6,13 +6,12 @@ A mean over all tokens would be that of the task with the longest answers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from slmops import progress
 from slmops.data import Corpus
 from slmops.training.objectives.material import Setup
 from slmops.training.step import prepare_step
-from slmops.training.trainer import SupervisedTrainer, validation_loss
+from slmops.training.trainer import SupervisedTrainer
 
 
 class TaskTrainer(SupervisedTrainer):
@@ -43,9 +42,7 @@ class TaskTrainer(SupervisedTrainer):
 
     def measure(self) -> dict[str, float]:
         """Return each task's loss as `eval_loss_NAME`, in nats a supervised token, and their mean as `eval_loss`."""
-        model: Any = self.model
-        size = 4 * self.args.per_device_train_batch_size
-        losses = {f"eval_loss_{name}": validation_loss(model, rows, size, self.layout) for name, rows in self.held_out.items()}
+        losses = {f"eval_loss_{name}": self.shared_validation_loss(rows) for name, rows in self.held_out.items()}
         return {"eval_loss": sum(losses.values()) / len(losses), **losses}
 
 

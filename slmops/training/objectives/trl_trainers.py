@@ -35,6 +35,7 @@ class _OnOurIds:
     eval_dataset: Any
     data_collator: Any
     accelerator: Any
+    args: Any
     model: Any
     order: Batches
     keep: Callable[[Any], None]
@@ -51,8 +52,17 @@ class _OnOurIds:
         """Write none: the manifest says what was done."""
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the length-grouped batches of `slmops.training.batches`."""
-        loader = DataLoader(self.train_dataset, batch_sampler=EpochBatches(self.order), collate_fn=self.data_collator)  # type: ignore[arg-type]
+        """Return the length-grouped batches of `slmops.training.batches`; with several processes, this one's share of each."""
+        batches: Any = processes.share(EpochBatches(self.order), self.accelerator, even=True)
+        loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+        return processes.prepare_loader(loader, self.accelerator)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return all validation pairs, in every process: to share them out evenly, accelerate would count some twice."""
+        if self.accelerator.num_processes == 1:
+            return super().get_eval_dataloader(eval_dataset)  # type: ignore[misc]
+        held_out = self.eval_dataset if eval_dataset is None else eval_dataset
+        loader = DataLoader(held_out, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
         return processes.prepare_loader(loader, self.accelerator)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
