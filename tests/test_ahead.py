@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny import make_export, make_model
 
-from slmops.errors import InvalidInput
+from slmops.errors import BadArtifact, InvalidInput
 from slmops.graph import ahead
 from slmops.graph.linears import Linear
 from slmops.graph.quantization import Packed, Scheme, pack, quantize
@@ -160,3 +160,24 @@ def test_stored_weights_are_what_torch_reads(kind: str, tmp_path: Path):
     np.testing.assert_array_equal(stored["a.weight"], weight.float().numpy())
     np.testing.assert_array_equal(stored.rows("a.weight", 2, 6), weight[2:6].float().numpy())
     assert stored["a.weight"].dtype == stored.rows("a.weight", 0, 1).dtype == np.float32
+
+
+def test_damaged_weights_are_an_error_with_a_way_out(tmp_path: Path):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(4, 4), "b": torch.ones(2, dtype=torch.int32)}, tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    assert set(StoredWeights(tmp_path)) == {"a", "b"}
+    with pytest.raises(BadArtifact, match="holds weights of type I32"):
+        StoredWeights(tmp_path)["b"]
+    for content, text in (
+        (whole[:-1], "ends before its last tensor"),
+        (whole[:20], "ends before its last tensor"),
+        (b"", "ends before its last tensor"),
+        (b"x" * 100, "ends before its last tensor"),
+        ((4).to_bytes(8, "little") + b"[12]", "is no safetensors file"),
+    ):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(BadArtifact, match=text):
+            StoredWeights(tmp_path)
