@@ -132,8 +132,10 @@ def hollow_weights(path: Path, parameters: int) -> None:
 def test_too_little_memory_is_said_before_work_begins(tmp_path: Path) -> None:
     model = config_only(tmp_path / "model")
     hollow_weights(model / "model.safetensors", 100_000_000_000)
-    error = refused(model, tmp_path / "out", RunFailed, "needs about 561.0 GB of memory")
+    error = refused(model, tmp_path / "out", RunFailed, "needs about 161.0 GB of memory")
     assert error.exit_code == 1
+    error = refused(model, tmp_path / "out", RunFailed, "needs about 521.0 GB of memory", precision="fp32")
+    assert "--precision int4" in error.hint
 
 
 def test_too_little_disk_is_said_before_work_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +143,7 @@ def test_too_little_disk_is_said_before_work_begins(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     model = config_only(tmp_path / "model")
     hollow_weights(model / "model.safetensors", 1_000_000)
-    error = refused(model, tmp_path / "out", RunFailed, r"needs about 0\.01 GB on disk at .*, and 0\.00 GB are free")
+    error = refused(model, tmp_path / "out", RunFailed, r"needs about 0\.01 GB on disk at .*, and 0\.00 GB are free", precision="fp32")
     assert error.exit_code == 1
 
 

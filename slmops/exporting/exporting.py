@@ -58,13 +58,13 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
     source, out = Path(model), Path(out)
     artifact.refuse_occupied(out, force=settings.force)
     target = targets.find(settings.device, settings.provider, settings.precision)
-    recipe_for(settings.precision, settings.block_size, target.provider)  # a block size that no kernel takes is refused here
+    recipe = recipe_for(settings.precision, settings.block_size, target.provider)  # a block size that no kernel takes is refused here
     _refuse_settings_of_others(settings, target)
     road = _road(target.road)
     if (source / "adapter_config.json").is_file():
         return _export_adapter(source, out, settings)
     found = artifact.checked(source, "model", "export the folder that `slmops merge` wrote")
-    shape = preflight(artifact.require_model(source), out)
+    shape = preflight(artifact.require_model(source), out, recipe.bits if target.road == "genai" else None)
     road.require(settings)
     with artifact.create(out, kind="export", command="export", config=flat(settings), force=settings.force) as draft:
         interface = choose_bounded_interface(source, found, shape, settings.max_length_tokens, draft)

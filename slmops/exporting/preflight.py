@@ -11,13 +11,21 @@ from slmops.errors import RunFailed
 from slmops.graph.shapes import DEFAULT_POSITIONS, Shape, read_shape, refuse_unrunnable
 from slmops.runtime import hugging_face
 
-# Peak memory over the model's float32 bytes, and what the libraries take whatever the model (`benchmarks/export_memory.py`): the
-# builder holds the model as it is stored, and onnxruntime a float32 graph with an embedding that it transposes.
-_MEMORY_FACTOR, _MEMORY_OF_LIBRARIES = 1.4, 1_000_000_000
+# Peak memory and disk over the model's float32 bytes, by the bits of the weights, and the memory that the libraries take whatever the
+# model (docs/memory.md). What is quantized is held as it will be stored; a float graph onnxruntime holds with its embedding in both
+# orders. Other roads than the CPU's (None) hold the model in float.
+_MEMORY: dict[int | None, float] = {4: 0.4, 8: 0.65, 0: 1.3, None: 1.4}
+_DISK: dict[int | None, float] = {4: 0.5, 8: 0.8, 0: 1.3, None: 2.0}
+_MEMORY_OF_LIBRARIES = 1_000_000_000
 
 
-def preflight(model: Path, out: Path) -> Shape:
+def preflight(model: Path, out: Path, bits: int | None = None) -> Shape:
     """Refuse what cannot work, before any weight is loaded.
+
+    Args:
+        model: Hugging Face folder.
+        out: to be written.
+        bits: of the weights of a graph for the CPU, 0 for float; None: for another device, or not known.
 
     Raises:
         Unavailable: the builder does not know the architecture, or the runtime cannot run its shape.
@@ -26,13 +34,13 @@ def preflight(model: Path, out: Path) -> Shape:
     shape = read_shape(model)
     refuse_unrunnable(shape)
     float32_bytes = 4 * hugging_face.parameter_count(model)
-    needed, (_, available) = round(_MEMORY_FACTOR * float32_bytes) + _MEMORY_OF_LIBRARIES, environment.memory_bytes()
+    needed, (_, available) = round(_MEMORY[bits] * float32_bytes) + _MEMORY_OF_LIBRARIES, environment.memory_bytes()
     if available and needed > available:
         raise RunFailed(
             f"the export needs about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are available",
-            "close other programs or use a larger machine",
+            f"close other programs{', use --precision int4' if bits in (0, 8) else ''} or use a larger machine",
         )
-    environment.need_disk(out.parent, 2 * float32_bytes, "the export")
+    environment.need_disk(out.parent, round(_DISK[bits] * float32_bytes), "the export")
     return shape
 
 

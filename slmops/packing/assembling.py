@@ -93,7 +93,7 @@ def _assemble(source: Path, named: dict[str, Path], settings: PackSettings) -> A
     _refuse_without_adapters(target)
     recipe = recipe_for(settings.precision, settings.block_size)
     model_found = artifact.checked(model, "model", "give the base model that the adapters were trained on, or an export of it")
-    shape = preflight(artifact.require_model(model), settings.out)
+    shape = preflight(artifact.require_model(model), settings.out, recipe.bits)
     base = artifact.fingerprint(model)
     candidates = [inclusion.examine(name, path, model, base) for name, path in named.items()]
     config = {key: value for key, value in flat(settings).items() if key != "out"}
