@@ -58,6 +58,8 @@ class Provider:
     name: str
     works: bool
     detail: str
+    stands_in: bool = False
+    """It works without its device: the processor computes what that would."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,10 @@ def _provider(name: str) -> Provider:
     answer = probe.ask("session", name)
     if name == _SERVICE and "error" in answer:
         return Provider(name, False, "hands whole models to a service; it is no device")
-    # "[ONNXRuntimeError] : 1 : FAIL : why" -> "why"
-    return Provider(name, "error" not in answer, answer.get("error", "ran a graph of one node").rpartition(" : ")[2])
+    if "error" in answer:  # "[ONNXRuntimeError] : 1 : FAIL : why" -> "why"
+        return Provider(name, False, answer["error"].rpartition(" : ")[2])
+    stands_in = bool(answer.get("stands_in"))
+    return Provider(name, True, "ran a graph of one node" + (": the processor stands in for its device" if stands_in else ""), stands_in)
 
 
 def _provider_problems(providers: tuple[Provider, ...]) -> list[Problem]:
@@ -233,6 +237,8 @@ def _ability(target: targets.Target, providers: tuple[Provider, ...], openvino: 
         executes = target.device.upper() in openvino and environment.version_of(target.runtime_package) is not None
         return {**target.document(), "builds_here": not environment.missing_for_openvino(), "executes_here": executes}
     built = all(_any_flavour(name) for name in (*_TO_BUILD, "onnxruntime-genai"))
-    working = any(provider.works and provider.name == target.ort_provider for provider in providers)
-    executes = working and environment.version_of(target.runtime_package) is not None
+    working = next((provider for provider in providers if provider.works and provider.name == target.ort_provider), None)
+    if target.road == "qnn":  # its provider is the compiler too
+        built = built and working is not None
+    executes = working is not None and not working.stands_in and environment.version_of(target.runtime_package) is not None
     return {**target.document(), "builds_here": built, "executes_here": executes}

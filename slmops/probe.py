@@ -18,8 +18,12 @@ _SECONDS = 60
 # Providers that come as a library beside onnxruntime -> the module that says where it lies (`get_library_path`).
 PLUGINS = {
     "NvTensorRTRTXExecutionProvider": "onnxruntime_ep_nv_tensorrt_rtx",
+    "QNNExecutionProvider": "onnxruntime_qnn",
     "WebGpuExecutionProvider": "onnxruntime_ep_webgpu",
 }
+
+# Qualcomm's plugin calls its provider what it is registered as, and makes none without its backend named.
+_OPTIONS = {"QNNExecutionProvider": {"backend_type": "htp"}}
 
 # An ONNX graph of one node, y = x + x over one float (IR 8, opset 17). A device has no onnx library to make it with;
 # a test makes it anew and compares.
@@ -62,14 +66,24 @@ def add_plugin(options: Any, provider: str) -> bool:
     """
     if provider not in PLUGINS:
         return False
+    _register(provider)
+    devices = _devices(provider)
+    if not devices:
+        raise RuntimeError("its plugin is installed and finds no device: there is none, or no driver for it")
+    options.add_provider_for_devices(devices[:1], _OPTIONS.get(provider, {}))
+    return True
+
+
+def _devices(provider: str) -> list[Any]:
+    """Return the devices of a registered plugin; a processor that stands in for one is last."""
     import onnxruntime
 
-    _register(provider)
-    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider]
-    if not devices:
-        raise RuntimeError("its plugin is installed and finds no device: there is no GPU, or no driver for it")
-    options.add_provider_for_devices(devices[:1], {})
-    return True
+    found = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider]
+    return sorted(found, key=_is_cpu)
+
+
+def _is_cpu(device: Any) -> bool:
+    return str(device.device.type).endswith(".CPU")
 
 
 @cache
@@ -77,7 +91,8 @@ def _register(provider: str) -> None:
     import onnxruntime
 
     plugin = import_module(PLUGINS[provider])
-    onnxruntime.register_execution_provider_library(plugin.__name__, plugin.get_library_path())
+    name = provider if provider in _OPTIONS else plugin.__name__
+    onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
 
 
 def session(provider: str) -> dict[str, Any]:
@@ -102,7 +117,9 @@ def session(provider: str) -> dict[str, Any]:
     if ready.get_providers()[0] != provider:
         return {"error": f"onnxruntime fell back to {ready.get_providers()[0]}"}
     answer = float(np.asarray(ready.run(None, {"x": np.ones(1, np.float32)})[0])[0])
-    return {"answer": answer} if answer == 2.0 else {"error": f"1 + 1 gave {answer}"}
+    if answer != 2.0:
+        return {"error": f"1 + 1 gave {answer}"}
+    return {"answer": answer, "stands_in": provider in PLUGINS and _is_cpu(_devices(provider)[0])}
 
 
 def torch() -> dict[str, Any]:

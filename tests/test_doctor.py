@@ -29,7 +29,7 @@ def test_versions_are_compared_with_the_tested_set(found: diagnosis.Diagnosis):
 
 
 def test_the_cpu_provider_ran_a_graph_and_azure_did_not(found: diagnosis.Diagnosis):
-    works = {provider.name: provider.works for provider in found.providers}
+    works = {provider.name: provider.works and not provider.stands_in for provider in found.providers}
     assert works["CPUExecutionProvider"] is True
     assert works.get("AzureExecutionProvider", False) is False
     for target in targets.TARGETS:
@@ -40,6 +40,17 @@ def test_the_cpu_provider_ran_a_graph_and_azure_did_not(found: diagnosis.Diagnos
             works.get(target.ort_provider, False) and environment.version_of(target.runtime_package) is not None
         )
         assert told["executes_here"] or target.provider != "cpu"
+
+
+@pytest.mark.skipif(environment.version_of("onnxruntime-qnn") is None, reason="onnxruntime-qnn is not installed")
+def test_a_processor_that_stands_in_for_an_npu_compiles_for_it_and_is_none(found: diagnosis.Diagnosis):
+    (provider,) = (provider for provider in found.providers if provider.name == "QNNExecutionProvider")
+    assert provider.works
+    told = [target for target in found.targets if target["provider"] == "qnn"]
+    assert len(told) == 3
+    for target in told:
+        assert target["builds_here"] is True
+        assert target["executes_here"] is not provider.stands_in
 
 
 def test_machine_figures_are_plausible(found: diagnosis.Diagnosis):
