@@ -33,6 +33,22 @@ class RunFailed(SlmopsError):
     exit_code = 1
 
 
+# Exit codes of a process that signal 9 ended, as Python and as a shell give them: the system's way of finding memory.
+_KILLED = (-9, 137)
+
+
+def raise_if_killed(what: str, code: int, hint: str) -> None:
+    """Raise RunFailed where a process that works for slmops was killed.
+
+    Args:
+        what: that was, for the message.
+        code: of its exit.
+        hint: what takes less memory.
+    """
+    if code in _KILLED:
+        raise RunFailed(f"{what} was stopped by the system, most likely for lack of memory", hint)
+
+
 class InvalidInput(SlmopsError):
     """A flag, field, template or data row is wrong."""
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from slmops import environment, progress
-from slmops.errors import RunFailed
+from slmops.errors import RunFailed, raise_if_killed
 from slmops.graph.ahead import quantizing
 from slmops.graph.linears import Linear, Model, load_graph
 from slmops.graph.recipes import Recipe
@@ -82,6 +82,7 @@ def build(
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request), encoding="utf-8")
         code, said = _run_beside([sys.executable, "-P", str(_PROCESS), str(path)], scratch, meanwhile)
+    raise_if_killed("the model builder", code, "close other programs or use a machine with more memory")
     if code != 0 or not (out / "model.onnx").is_file():
         raise RunFailed(*_failure(code, said))
     if kept is not None:
@@ -232,11 +233,6 @@ def bounded_copy(model: Path, place: Path, context_tokens: int) -> Path:
 
 
 def _failure(code: int, output: str) -> tuple[str, str]:
-    if code in (-9, 137):
-        return (
-            "the model builder was stopped by the system, most likely for lack of memory",
-            "close other programs or use a machine with more memory",
-        )
     lines = [line.strip() for line in output.splitlines() if line.strip() and "it/s]" not in line]
     return (
         f"the model builder failed: {lines[-1] if lines else f'exit code {code}'}",

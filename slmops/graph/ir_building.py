@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from slmops import environment, progress
-from slmops.errors import InvalidInput, RunFailed, Unavailable
+from slmops.errors import InvalidInput, RunFailed, Unavailable, raise_if_killed
 from slmops.graph.building import bounded_copy
 from slmops.graph.ir import ROW, is_matrix, kind_of
 from slmops.graph.recipes import block_by_rule
@@ -165,6 +165,7 @@ def build_ir(model: Path, out: Path, *, recipe: IrRecipe, device: str, context_t
         path.write_text(json.dumps(request), encoding="utf-8")
         command = [sys.executable, "-P", "-m", "slmops.graph.ir_process", str(path)]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+    raise_if_killed("the export", done.returncode, "close other programs or use a machine with more memory")
     if done.returncode != 0:
         raise _failure(done.returncode, done.stderr or done.stdout)
     reason = out / "tokenizer_error.txt"
@@ -182,8 +183,6 @@ def require_libraries() -> None:
 
 
 def _failure(code: int, output: str) -> RunFailed | Unavailable:
-    if code in (-9, 137):
-        return RunFailed("the export was stopped by the system, most likely for lack of memory", "use a machine with more memory")
     lines = [line.strip() for line in output.splitlines() if line.strip() and "it/s]" not in line]
     if any("torchvision" in line for line in lines):
         return Unavailable(

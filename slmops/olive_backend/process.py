@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from slmops import environment, progress
-from slmops.errors import RunFailed
+from slmops.errors import RunFailed, raise_if_killed
 from slmops.olive_backend.worker import REFUSED
 
 LOG = "olive.log"
@@ -132,8 +132,7 @@ def judge(work: Path, code: int, history: list[dict[str, Any]], steps: int) -> O
             raise RunFailed(
                 f"training diverged: the loss is {entry['loss']} at step {entry['step']}", "lower --learning-rate, or check the data"
             )
-    if code in (-9, 137):
-        raise RunFailed("Olive was stopped by the system, most likely for lack of memory", "use a smaller --batch-size or a smaller model")
+    raise_if_killed("Olive", code, "use a smaller --batch-size or a smaller model")
     if code == REFUSED:
         raise RunFailed(
             f"this Olive does not take the workflow that slmops writes: {last_error(log)}",

@@ -15,7 +15,7 @@ from typing import Any
 
 from slmops import artifact, environment, progress
 from slmops.config import RunWorkflowSettings, load
-from slmops.errors import BadArtifact, InvalidInput, RunFailed, SlmopsError, Unavailable
+from slmops.errors import BadArtifact, InvalidInput, RunFailed, SlmopsError, Unavailable, raise_if_killed
 from slmops.olive_backend.process import LOG, last_error, run_module, whole_lines
 from slmops.olive_backend.requirements import require_olive
 from slmops.olive_backend.workflow_file import cache_warnings, output_folder, read_workflow
@@ -182,8 +182,7 @@ def _judge(work: Path, code: int, path: Path, out: Path) -> dict[str, Any]:
     if (work / "error.json").is_file():
         error = json.loads((work / "error.json").read_text(encoding="utf-8"))
         raise _ERRORS.get(error["exit_code"], RunFailed)(error["message"], error["hint"])
-    if code in (-9, 137):
-        raise RunFailed("Olive was stopped by the system, most likely for lack of memory", "use a smaller model or batch")
+    raise_if_killed("Olive", code, "use a smaller model or batch")
     if code != 0 or not (work / "result.json").is_file():
         raise RunFailed(f"Olive made no model of {path}: {last_error(log)}", f"its whole log is {_near(out / LOG)}")
     return json.loads((work / "result.json").read_text(encoding="utf-8"))
