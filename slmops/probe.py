@@ -23,7 +23,7 @@ PLUGINS = {
 }
 
 # Qualcomm's plugin calls its provider what it is registered as, and makes none without its backend named.
-_OPTIONS = {"QNNExecutionProvider": {"backend_type": "htp"}}
+OPTIONS = {"QNNExecutionProvider": {"backend_type": "htp"}}
 
 # An ONNX graph of one node, y = x + x over one float (IR 8, opset 17). A device has no onnx library to make it with;
 # a test makes it anew and compares.
@@ -66,24 +66,29 @@ def add_plugin(options: Any, provider: str) -> bool:
     """
     if provider not in PLUGINS:
         return False
-    _register(provider)
-    devices = _devices(provider)
+    devices = devices_of(provider)
     if not devices:
         raise RuntimeError("its plugin is installed and finds no device: there is none, or no driver for it")
-    options.add_provider_for_devices(devices[:1], _OPTIONS.get(provider, {}))
+    options.add_provider_for_devices(devices[:1], OPTIONS.get(provider, {}))
     return True
 
 
-def _devices(provider: str) -> list[Any]:
-    """Return the devices of a registered plugin; a processor that stands in for one is last."""
+def devices_of(provider: str) -> list[Any]:
+    """Return the devices of a provider that is a plugin; an NPU is first, a processor that stands in for it last.
+
+    Raises:
+        ModuleNotFoundError: the plugin is not installed.
+    """
     import onnxruntime
 
+    _register(provider)
     found = [device for device in onnxruntime.get_ep_devices() if device.ep_name == provider]
-    return sorted(found, key=_is_cpu)
+    return sorted(found, key=lambda device: ("NPU", "GPU", "CPU").index(kind_of(device)))
 
 
-def _is_cpu(device: Any) -> bool:
-    return str(device.device.type).endswith(".CPU")
+def kind_of(device: Any) -> str:
+    """Return what a plugin's device is: NPU, GPU, or CPU, which computes what the real one would."""
+    return str(device.device.type).rpartition(".")[2]
 
 
 @cache
@@ -91,7 +96,7 @@ def _register(provider: str) -> None:
     import onnxruntime
 
     plugin = import_module(PLUGINS[provider])
-    name = provider if provider in _OPTIONS else plugin.__name__
+    name = provider if provider in OPTIONS else plugin.__name__
     onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
 
 
@@ -119,7 +124,7 @@ def session(provider: str) -> dict[str, Any]:
     answer = float(np.asarray(ready.run(None, {"x": np.ones(1, np.float32)})[0])[0])
     if answer != 2.0:
         return {"error": f"1 + 1 gave {answer}"}
-    return {"answer": answer, "stands_in": provider in PLUGINS and _is_cpu(_devices(provider)[0])}
+    return {"answer": answer, "stands_in": provider in PLUGINS and kind_of(devices_of(provider)[0]) == "CPU"}
 
 
 def torch() -> dict[str, Any]:

@@ -91,9 +91,9 @@ def _read_header(file: Path) -> dict[str, _Stored]:
         }
         ends = [start + entry["data_offsets"][1] for entry in entries.values()]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise BadArtifact(f"{file} is no safetensors file", "download or convert the model again") from error
+        raise BadArtifact(f"{file} cannot be read: it is no safetensors file", "download or convert the model again") from error
     if start > whole or max(ends, default=0) > whole:
-        raise BadArtifact(f"{file} ends before its last tensor", "download or copy the model again")
+        raise BadArtifact(f"{file} cannot be read: it ends before its last tensor", "download or copy the model again")
     return found
 
 

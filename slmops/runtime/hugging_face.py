@@ -77,15 +77,10 @@ def parameter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         BadArtifact: a file is damaged.
     """
-    safetensors = environment.require("safetensors", "to read weights")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safetensors.safe_open(file, framework="np") as stored:
-                shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-        except safetensors.SafetensorError as error:
-            raise BadArtifact(f"{file} cannot be read: {error}", "download or convert the model again") from error
-    return shapes
+    from slmops.graph.stored_weights import StoredWeights  # numpy, which not every command needs
+
+    stored = StoredWeights(folder)
+    return {name: stored.shape(name) for name in stored}
 
 
 def parameter_count(folder: Path) -> int:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from slmops import environment
+from slmops import environment, probe
 from slmops.errors import BadArtifact, RunFailed, Unavailable
 from slmops.socs import Soc
 
@@ -35,23 +35,22 @@ def device() -> Any:
     Raises:
         Unavailable: the plugin is not installed, or finds no device.
     """
-    ort = environment.require("onnxruntime", "to compile for a Qualcomm NPU")
-    plugin = environment.require("onnxruntime_qnn", "to compile for a Qualcomm NPU")
+    for library in ("onnxruntime", probe.PLUGINS[PROVIDER]):
+        environment.require(library, "to compile for a Qualcomm NPU")
     try:
-        ort.register_execution_provider_library(PROVIDER, plugin.get_library_path())
+        found = probe.devices_of(PROVIDER)
     except Exception as error:  # the binding's own classes derive from Exception alone
         raise Unavailable(
             f"onnxruntime cannot load the QNN plugin: {_first_line(error)}", "pip install 'slmops[qnn]' anew: its version must fit"
         ) from error
-    found = [item for item in ort.get_ep_devices() if item.ep_name == PROVIDER]
     if not found:
         raise Unavailable("the QNN plugin is installed and finds no device here", "compile on x86-64 Linux or Windows, or on the device")
-    return min(found, key=lambda item: not _is_npu(item))
+    return found[0]
 
 
 def has_npu() -> bool:
     """Tell whether the plugin's device is an NPU."""
-    return _is_npu(device())
+    return probe.kind_of(device()) == "NPU"
 
 
 def place() -> str:
@@ -139,13 +138,9 @@ def compile_graphs(graphs: Mapping[Path, Path], soc: Soc, *, weights_once: bool)
 def _options(ort: Any, soc: Soc, extra: Mapping[str, str]) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = _LOGGED_ERRORS
-    chosen = {"backend_type": "htp", "soc_model": str(soc.soc_model), "htp_arch": str(soc.htp_arch), **extra}
+    chosen = {**probe.OPTIONS[PROVIDER], "soc_model": str(soc.soc_model), "htp_arch": str(soc.htp_arch), **extra}
     options.add_provider_for_devices([device()], chosen)
     return options
-
-
-def _is_npu(item: Any) -> bool:
-    return str(item.device.type).endswith(".NPU")
 
 
 def _first_line(error: Exception) -> str:
