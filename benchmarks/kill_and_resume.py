@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import slmops
-from slmops import artifact, progress
+from slmops import artifact, hashes, progress
 from slmops.config import decode_escapes
 from slmops.training import checkpoints
 
@@ -94,7 +94,7 @@ def made(folder: Path) -> dict[str, Any]:
     kept = ("step", "epoch", "loss", "validation_loss", "learning_rate", "gradient_norm")
     found = artifact.load(folder)
     return {
-        "adapter": artifact.sha256_file(folder / "adapter_model.safetensors"),
+        "adapter": hashes.sha256_file(folder / "adapter_model.safetensors"),
         "history": [{key: point[key] for key in kept if key in point} for point in points],
         "metrics": found.manifest.metrics,
         "steps": found.manifest.facts["steps"],

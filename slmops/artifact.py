@@ -21,14 +21,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from slmops import environment
+from slmops import environment, hashes
 from slmops.errors import BadArtifact, RunFailed
+from slmops.hashes import FileRecord
 
 MANIFEST = "slmops.json"
 SCHEMA = 1
 Kind = Literal["adapter", "model", "export", "package", "dataset", "evaluation", "verification", "benchmark", "pipeline"]
-# Hugging Face weights; optimizer states and the like are not the model.
-_WEIGHTS = ("*.safetensors",)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -43,13 +42,9 @@ class Input(BaseModel):
     sha256: str
     revision: str | None = None
 
-
-class FileRecord(BaseModel):
-    """Size and hash of one file of an artefact."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    bytes: int
-    sha256: str
+    def matches(self, place: Path) -> bool:
+        """Return whether a file or folder is what this was, by its hash."""
+        return hashes.fingerprint(place) == self.sha256
 
 
 class Manifest(BaseModel):
@@ -126,6 +121,8 @@ class Draft:
     metrics: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     interface: dict[str, Any] | None = None
+    hashed: hashes.Known = field(default_factory=dict)
+    """Of files that will not change (`hashing`)."""
     artifact: Artifact | None = None
     """The finished artefact, after the `with` block."""
 
@@ -137,6 +134,13 @@ class Draft:
         """Record something that the user should know, once."""
         if text not in self.warnings:
             self.warnings.append(text)
+
+    @contextmanager
+    def hashing(self) -> Iterator[None]:
+        """Hash what is written so far beside the work of the block, which may read it and write more."""
+        with hashes.hashing(self.folder, without=self.folder / MANIFEST) as found:
+            yield
+            self.hashed = found()
 
     def done(self) -> Artifact:
         """Return the finished artefact.
@@ -262,7 +266,7 @@ def changed_files(artifact: Artifact) -> list[str]:
             problems.append(f"{name}: missing")
         elif path.stat().st_size != record.bytes:
             problems.append(f"{name}: {path.stat().st_size} bytes, and {record.bytes} were written")
-        elif sha256_file(path) != record.sha256:
+        elif hashes.sha256_file(path) != record.sha256:
             problems.append(f"{name}: content changed")
     return problems
 
@@ -276,7 +280,7 @@ def check(artifact: Artifact) -> None:
     Raises:
         BadArtifact: a file is missing or changed.
     """
-    stamps = {name: _stamp(artifact.path / name) for name in artifact.manifest.files}
+    stamps = {name: hashes.stamp(artifact.path / name) for name in artifact.manifest.files}
     memory = _memory(artifact)
     if all(stamps.values()) and memory is not None and memory.is_file() and memory.read_text() == json.dumps(stamps):
         return
@@ -304,31 +308,13 @@ def seal(folder: Path | str, *, without: Sequence[Path] = (), **changes: Any) ->
     folder = Path(folder)
     manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes()).model_copy(update=changes)
     gone = {str(file.relative_to(folder)) for file in without}
-    records = {name: record for name, record in _records(folder).items() if name not in gone}
+    records = {name: record for name, record in hashes.records(folder, without=folder / MANIFEST).items() if name not in gone}
     return Artifact(folder, _write(folder, manifest.model_copy(update={"files": records})))
 
 
 def input_of(out: Path, role: str, place: Path, sha256: str | None = None) -> Input:
     """Return the record of one input of the artefact at `out`; its hash is taken unless given."""
-    return Input(role=role, path=os.path.relpath(place.resolve(), out.resolve()), sha256=sha256 or fingerprint(place))
-
-
-def fingerprint(path: Path | str) -> str:
-    """Return a hash that tells one model, adapter, data file or folder from another.
-
-    Of a folder with weights: the hash of its `*.safetensors` and config files' contents, whatever else lies beside
-    them. Of any other folder: of all its files. Of a file: of its content.
-    """
-    path = Path(path)
-    if path.is_file():
-        return sha256_file(path)
-    if not path.is_dir():
-        raise BadArtifact(f"no such file or folder: {path}", "check the path")
-    weights = [file for pattern in _WEIGHTS for file in sorted(path.glob(pattern))]
-    configs = [file for name in ("config.json", "adapter_config.json") if (file := path / name).is_file()]
-    chosen = weights + configs if weights else sorted(file for file in path.rglob("*") if file.is_file() and file.name != MANIFEST)
-    lines = [f"{file.relative_to(path)} {sha256_file(file)}" for file in chosen]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return Input(role=role, path=os.path.relpath(place.resolve(), out.resolve()), sha256=sha256 or hashes.fingerprint(place))
 
 
 def require_model(folder: Path | str) -> Path:
@@ -355,17 +341,6 @@ def require_model(folder: Path | str) -> Path:
     return folder
 
 
-def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file's content, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def size_bytes(folder: Path | str) -> int:
-    """Return the size of all files of a folder."""
-    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-
-
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON file by way of a temporary one, so that a reader never sees half of it."""
     temporary = path.with_name(path.name + ".tmp")
@@ -384,7 +359,7 @@ def _complete(draft: Draft, seconds: float) -> Artifact:
         seconds=round(seconds, 3),
         config=draft.config,
         inputs=draft.inputs,
-        files=_records(draft.folder),
+        files=hashes.records(draft.folder, without=draft.folder / MANIFEST, known=draft.hashed),
         environment=environment.snapshot(),
         warnings=draft.warnings,
         metrics=draft.metrics,
@@ -404,11 +379,6 @@ def _holds(partial: Path, keep: str | None) -> bool:
     return keep is not None and any(partial.glob(keep))
 
 
-def _records(folder: Path) -> dict[str, FileRecord]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST)
-    return {str(file.relative_to(folder)): FileRecord(bytes=file.stat().st_size, sha256=sha256_file(file)) for file in files}
-
-
 def _write(folder: Path, manifest: Manifest) -> Manifest:
     # Through JSON once, so that the digest is that of what a reader will parse.
     manifest = Manifest.model_validate_json(manifest.model_dump_json())
@@ -420,13 +390,6 @@ def _write(folder: Path, manifest: Manifest) -> Manifest:
 def _digest(manifest: Manifest) -> str:
     content = manifest.model_dump(mode="json", exclude={"digest"})
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _stamp(path: Path) -> list[int] | None:
-    if not path.is_file():
-        return None
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def _memory(artifact: Artifact) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from slmops import artifact
+from slmops import artifact, hashes
 from slmops.artifact import MANIFEST, create, load, seal
 from slmops.errors import BadArtifact, InvalidInput, RunFailed
 
@@ -168,17 +169,17 @@ def test_inputs_are_found_again_when_both_folders_move_together(tmp_path: Path):
     assert child.find("dataset") is None
     recorded = child.manifest.input("model")
     assert recorded is not None
-    assert recorded.sha256 == artifact.fingerprint(tmp_path / "b" / "base")
+    assert recorded.sha256 == hashes.fingerprint(tmp_path / "b" / "base")
 
 
 def test_a_fingerprint_of_a_model_sees_weights_and_config_and_nothing_else(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    first = artifact.fingerprint(tmp_path)
+    first = hashes.fingerprint(tmp_path)
     (tmp_path / "README.md").write_text("words")
-    assert artifact.fingerprint(tmp_path) == first
+    assert hashes.fingerprint(tmp_path) == first
     (tmp_path / "model.safetensors").write_bytes(b"Weights")
-    assert artifact.fingerprint(tmp_path) != first
+    assert hashes.fingerprint(tmp_path) != first
 
 
 def test_a_model_folder_needs_config_and_safe_weights(tmp_path: Path):
@@ -229,3 +230,28 @@ def test_a_place_that_may_not_be_written_to_is_told(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFailed, match="could not write"), create(tmp_path / "file" / "out", kind="model", command="merge"):
         pass
+
+
+def test_files_are_hashed_beside_the_work_and_again_where_it_changed_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    real = hashes.sha256_file
+    monkeypatch.setattr(hashes, "sha256_file", lambda path: (read.append(path.name), real(path))[1])
+    with create(tmp_path / "out", kind="export", command="export") as draft:
+        for name in ("large", "changed"):
+            (draft.folder / name).write_text(name)
+        with draft.hashing():
+            (draft.folder / "changed").write_text("by the work")
+            (draft.folder / "new").write_text("of the work")
+    assert sorted(read) == ["changed", "new"]
+    found = draft.done()
+    assert artifact.changed_files(found) == []
+    assert found.manifest.files["large"].sha256 == hashlib.sha256(b"large").hexdigest()
+
+
+def test_hashes_that_were_not_found_beside_the_work_are_taken_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashes, "_PROCESS", "raise SystemExit(1)")
+    with create(tmp_path / "out", kind="export", command="export") as draft:
+        (draft.folder / "file").write_text("content")
+        with draft.hashing():
+            pass
+    assert artifact.changed_files(draft.done()) == []

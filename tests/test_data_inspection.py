@@ -7,7 +7,7 @@ import json
 import pytest
 from data_models import llama_like
 
-from slmops import artifact
+from slmops import hashes
 from slmops.data import encode_rows, inspect_data, load_splits, overlap, prepare_data, read_rows, split
 from slmops.errors import BadArtifact, InvalidInput
 
@@ -105,7 +105,7 @@ def test_prepare_cleans_splits_and_fingerprints(tmp_path):
     facts = made.document()
     assert (facts["rows"], facts["without_answer"], facts["duplicates"]) == (403, 1, 2) and len(facts["warnings"]) == 2
     assert facts["splits"]["train"]["rows"] == 380 and facts["splits"]["validation"]["rows"] == 20
-    assert facts["splits"]["train"]["sha256"] == artifact.sha256_file(tmp_path / "out" / "train.jsonl")
+    assert facts["splits"]["train"]["sha256"] == hashes.sha256_file(tmp_path / "out" / "train.jsonl")
     again = prepare_data(tmp_path / "a.jsonl", out=tmp_path / "again", seed=1)
     assert again.manifest.facts == made.manifest.facts and again.manifest.files == made.manifest.files
     other = prepare_data(tmp_path / "a.jsonl", out=tmp_path / "other", seed=2, keep_duplicates=True)

@@ -14,7 +14,7 @@ from tiny import ROWS, make_adapter, make_export, make_model, write_rows
 
 pytest.importorskip("olive", reason="needs the extra slmops[olive]")
 
-from slmops import artifact
+from slmops import artifact, hashes
 from slmops.olive_backend.process import child_environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +88,7 @@ def test_every_command_of_the_page_does_what_it_says(tmp_path: Path):
 
 def figures(folder: Path) -> dict[str, str]:
     """Hashes of what a package computes with."""
-    return {name: artifact.sha256_file(folder / name) for name in ("model.onnx.data", "genai_config.json")}
+    return {name: hashes.sha256_file(folder / name) for name in ("model.onnx.data", "genai_config.json")}
 
 
 def test_the_page_names_the_commands_of_olives_tutorials():

@@ -16,7 +16,7 @@ from test_graph import nmse
 from tiny import COMPLETION, PROMPT, ROWS, TEMPLATES, make_adapter, make_model, write_rows
 
 import slmops
-from slmops import artifact
+from slmops import artifact, hashes
 from slmops.artifact import Artifact
 from slmops.errors import BadArtifact, InvalidInput, SlmopsError, Unavailable
 from slmops.graph.lora import A, B
@@ -81,16 +81,16 @@ def package(place: Place, request: pytest.FixtureRequest) -> Iterator[Path]:
     shutil.rmtree(copy)
 
 
-def hashes(folder: Path) -> dict[str, str]:
+def files_of(folder: Path) -> dict[str, str]:
     files = (file for file in folder.rglob("*") if file.is_file() and file.name != artifact.MANIFEST)
-    return {str(file.relative_to(folder)): artifact.sha256_file(file) for file in files}
+    return {str(file.relative_to(folder)): hashes.sha256_file(file) for file in files}
 
 
 def content(folder: Path) -> Artifact:
     """Return a package once its hashes are checked, no file is unknown and every adapter runs."""
     found = artifact.load(folder)
     assert artifact.changed_files(found) == []
-    assert set(hashes(folder)) == set(found.manifest.files)
+    assert set(files_of(folder)) == set(found.manifest.files)
     opened = Package(folder, threads=1)
     for name in (None, *opened.adapters):
         "".join(opened.generate("play some jazz", adapter=name, max_new_tokens=2, raw=True))
@@ -107,7 +107,7 @@ def test_a_package_says_what_is_in_it(place: Place) -> None:
     assert (manifest.kind, manifest.command) == ("package", "pack")
     assert {item.role for item in manifest.inputs} == {"baseline", "adapter intent", "adapter shout"}
     assert found.find("adapter intent") == place.intent
-    assert facts["base"] == artifact.fingerprint(place.base)
+    assert facts["base"] == hashes.fingerprint(place.base)
     assert len(facts["slots"]) == 10 and facts["slots"]["0.qkv_proj"] == [64, 128]
     intent, shout = facts["adapters"]["intent"], facts["adapters"]["shout"]
     assert (intent["ranks"], shout["ranks"], shout["targets"]) == ([4], [2], ["q_proj", "v_proj"])
@@ -120,7 +120,7 @@ def test_a_package_says_what_is_in_it(place: Place) -> None:
     files = [file for file in place.package.rglob("*") if file.suffix in (".onnx", ".data", ".onnx_adapter")]
     assert facts["size_bytes"] == sum(file.stat().st_size for file in files)
     assert {*BASE_FILES, *(f"adapters/{name}{end}" for name in ("intent", "shout") for end in (".onnx_adapter", ".self_test.json"))} <= set(
-        hashes(place.package)
+        files_of(place.package)
     )
     assert json.loads((place.package / "genai_config.json").read_text())["model"]["decoder"]["filename"] == "model_adapters.onnx"
     assert manifest.warnings == []
@@ -176,12 +176,12 @@ def test_an_adapter_of_somebody_elses_is_taken_with_a_warning(place: Place, pack
 
 
 def test_adapters_come_and_go_and_the_base_is_not_touched(place: Place, package: Path) -> None:
-    before = hashes(package)
+    before = files_of(package)
     stamps = {name: (package / name).stat().st_mtime_ns for name in BASE_FILES}
     size = artifact.load(package).manifest.facts["size_bytes"]
     added = slmops.pack(package, adapter=[f"third={place.foreign}"])
     assert list(content(package).manifest.facts["adapters"]) == ["intent", "shout", "third"]
-    after = hashes(package)
+    after = files_of(package)
     assert {name: after[name] for name in before} == before
     assert set(after) - set(before) == {"adapters/third.onnx_adapter", "adapters/third.self_test.json"}
     assert added.manifest.facts["size_bytes"] == size + added.manifest.facts["adapters"]["third"]["size_bytes"]
@@ -190,7 +190,7 @@ def test_adapters_come_and_go_and_the_base_is_not_touched(place: Place, package:
     found = content(package)
     assert list(found.manifest.facts["adapters"]) == ["shout"]
     assert {item.role for item in found.manifest.inputs} == {"baseline", "adapter shout"}
-    assert set(hashes(package)) == {name for name in before if "intent" not in name}
+    assert set(files_of(package)) == {name for name in before if "intent" not in name}
     slmops.pack(package, remove=["shout"], adapter=[f"intent={place.intent}"])
     assert list(content(package).manifest.facts["adapters"]) == ["intent"]
     assert {name: (package / name).stat().st_mtime_ns for name in BASE_FILES} == stamps
@@ -239,7 +239,7 @@ def test_a_name_that_a_role_has_too_takes_nothing_with_it(place: Place, package:
 def test_what_cannot_be_is_refused_and_changes_nothing(
     place: Place, package: Path, settings: dict[str, Any], text: str, kind: type[SlmopsError]
 ) -> None:
-    before = hashes(package), (package / artifact.MANIFEST).read_bytes()
+    before = files_of(package), (package / artifact.MANIFEST).read_bytes()
     words = {"FOREIGN": place.foreign, "OUT": place.root / "out", "ROOT": place.root, "BASE": place.base}
 
     def put(value: Any) -> Any:
@@ -250,7 +250,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(
     with pytest.raises(kind, match=text) as caught:
         slmops.pack(package, **{key: put(value) for key, value in settings.items()})
     assert caught.value.hint
-    assert (hashes(package), (package / artifact.MANIFEST).read_bytes()) == before
+    assert (files_of(package), (package / artifact.MANIFEST).read_bytes()) == before
 
 
 def test_names_are_file_names() -> None:
@@ -278,7 +278,7 @@ def test_an_adapter_of_another_base_is_refused(place: Place, package: Path, tmp_
     other = make_model(tmp_path / "other", seed=1)
     rows = write_rows(tmp_path / "rows.jsonl")
     adapter = slmops.finetune(other, rows, out=tmp_path / "adapter", max_steps=1, lora_rank=2, **TEMPLATES).path
-    before = hashes(package)
+    before = files_of(package)
     with pytest.raises(BadArtifact, match="was trained on another base") as caught:
         slmops.pack(package, adapter=[f"x={adapter}"])
     assert caught.value.exit_code == 4
@@ -287,7 +287,7 @@ def test_an_adapter_of_another_base_is_refused(place: Place, package: Path, tmp_
     wide = make_adapter(tmp_path / "wide", make_model(tmp_path / "wide base", hidden_size=128))
     with pytest.raises(BadArtifact, match=r"and the base's is \("):
         slmops.pack(package, adapter=[f"x={place.foreign}", f"wide={wide}"])
-    assert hashes(package) == before, "what was written before the refusal is gone"
+    assert files_of(package) == before, "what was written before the refusal is gone"
     assert not (tmp_path / "out").exists()
 
 
@@ -351,12 +351,12 @@ def test_what_pairs_cannot_carry_is_refused_with_the_way_out(
 
     config = LoraConfig(**({"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings))
     get_peft_model(AutoModelForCausalLM.from_pretrained(place.base), config).save_pretrained(tmp_path / "adapter")
-    before = hashes(package)
+    before = files_of(package)
     with pytest.raises(Unavailable, match=reason) as caught:
         slmops.pack(package, adapter=[f"x={tmp_path / 'adapter'}"])
     assert caught.value.exit_code == 3
     assert ("slmops merge" in caught.value.hint) == (reason not in _NOWHERE)
-    assert hashes(package) == before
+    assert files_of(package) == before
 
 
 def test_a_setting_of_a_newer_peft_is_not_taken_for_harmless(place: Place, package: Path, tmp_path: Path) -> None:
@@ -417,11 +417,11 @@ def test_a_change_that_fails_leaves_nothing_behind(place: Place, package: Path, 
     def fails(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    before = hashes(package), (package / artifact.MANIFEST).read_bytes()
+    before = files_of(package), (package / artifact.MANIFEST).read_bytes()
     monkeypatch.setattr(self_test, "record", fails)
     with pytest.raises(KeyboardInterrupt):
         slmops.pack(package, adapter=[f"intent={place.foreign}", f"new={place.foreign}"], force=True)
-    assert (hashes(package), (package / artifact.MANIFEST).read_bytes()) == before
+    assert (files_of(package), (package / artifact.MANIFEST).read_bytes()) == before
 
 
 def test_an_export_is_packed_as_it_is(tmp_path: Path) -> None:

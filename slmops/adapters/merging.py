@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from slmops import artifact, progress
+from slmops import artifact, hashes, progress
 from slmops.adapters import combining, regret
 from slmops.adapters.combining import Merger
 from slmops.adapters.planning import Plan, plan_merge
@@ -111,7 +111,7 @@ def _write(draft: Draft, merger: Merger, sources: Sequence[Source], settings: Me
     draft.add_input("base", sources[0].base)
     for source in sources:
         draft.add_input("adapter", source.folder)
-    draft.facts["size_bytes"] = artifact.size_bytes(draft.folder)
+    draft.facts["size_bytes"] = hashes.size_bytes(draft.folder)
 
 
 def _merged(draft: Draft, adapted: Any) -> Any:

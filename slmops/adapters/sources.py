@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slmops import artifact
+from slmops import artifact, hashes
 from slmops.artifact import Artifact
 from slmops.data import Interface
 from slmops.errors import BadArtifact, InvalidInput, Unavailable
@@ -193,7 +193,7 @@ def _read(name: str, folder: Path, base: str | None) -> Source:
 def _refuse_different_bases(sources: Sequence[Source]) -> None:
     first = sources[0]
     for other in sources[1:]:
-        if other.base.resolve() != first.base.resolve() and artifact.fingerprint(other.base) != artifact.fingerprint(first.base):
+        if other.base.resolve() != first.base.resolve() and hashes.fingerprint(other.base) != hashes.fingerprint(first.base):
             raise BadArtifact(
                 f"{first.name} was trained on {first.base}, and {other.name} on {other.base}, which is another model",
                 "merge adapters of one base; for two bases, make two models",

@@ -69,7 +69,7 @@ def find_baseline(package: Path, found: Artifact | None, given: str | None, adap
         raise InvalidInput(f"nothing says which PyTorch model {package} was exported from", hint)
     if place is None:
         raise BadArtifact(f"the model that {package} was exported from is no longer at {recorded.path}", hint)
-    if artifact.fingerprint(place) != recorded.sha256:
+    if not recorded.matches(place):
         raise BadArtifact(f"{place} is not what {package} was exported from: it was changed since", hint)
     return place, []
 

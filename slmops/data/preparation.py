@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slmops import artifact
+from slmops import artifact, hashes
 from slmops import config as config_module
 from slmops.artifact import Artifact, Draft, Input
 from slmops.config import PrepareSettings
@@ -114,7 +114,7 @@ def _write(draft: Draft, name: str, rows: list[Row]) -> dict[str, Any]:
     path = draft.folder / f"{name}.jsonl"
     with path.open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-    return {"rows": len(rows), "sha256": artifact.sha256_file(path)}
+    return {"rows": len(rows), "sha256": hashes.sha256_file(path)}
 
 
 def _record_source(draft: Draft, data: str | Path, rows: list[Row]) -> None:

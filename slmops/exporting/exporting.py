@@ -74,7 +74,8 @@ def export(model: str | Path, *, out: str | Path, config: Any = None, **override
         tuned = (found.find("adapter") or source) if found is not None else None
         prompts = self_test.prompts_of(tuned, source, interface) if tuned is not None else []
         if draft.facts["level"] == "executed":  # a self-test is what was computed here
-            self_test.record(draft.folder, draft.interface, draft.facts, {"": prompts})
+            with draft.hashing():
+                self_test.record(draft.folder, draft.interface, draft.facts, {"": prompts})
         elif target.road == "genai-gpu":
             gpu_graph.record_on_twin(draft, {"": prompts})
     return draft.done()

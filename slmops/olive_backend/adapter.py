@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from slmops import artifact, environment
+from slmops import artifact, environment, hashes
 from slmops.errors import InvalidInput, RunFailed
 from slmops.olive_backend.linears import adapted, choose_targets, linear_layers
 from slmops.olive_backend.process import execute
@@ -139,7 +139,7 @@ def _run(
     base, parent = base.resolve(), folder.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     # Olive copies the whole base model into its output (olive 0.13, cache.py:589): beside OUT, not into a small /tmp.
-    environment.need_disk(parent, artifact.size_bytes(base), "Olive's copy of the base model")
+    environment.need_disk(parent, hashes.size_bytes(base), "Olive's copy of the base model")
     with TemporaryDirectory(prefix="slmops-olive-", dir=parent) as scratch:
         work = Path(scratch)
         rows_file = work / "rows.jsonl"

@@ -11,9 +11,9 @@ from olive.evaluator.metric_result import MetricResult, SubMetricResult, joint_m
 from olive.evaluator.olive_evaluator import OliveEvaluator
 from olive.evaluator.registry import Registry
 
-from slmops.artifact import size_bytes
 from slmops.errors import SlmopsError
 from slmops.evaluation import evaluate
+from slmops.hashes import size_bytes
 
 
 @Registry.register("SlmopsEvaluator")

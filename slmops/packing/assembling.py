@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from slmops import artifact, progress, targets
+from slmops import artifact, hashes, progress, targets
 from slmops.artifact import Artifact, Draft
 from slmops.config import PackSettings, flat, load
 from slmops.data import Interface
@@ -94,7 +94,7 @@ def _assemble(source: Path, named: dict[str, Path], settings: PackSettings) -> A
     recipe = recipe_for(settings.precision, settings.block_size)
     model_found = artifact.checked(model, "model", "give the base model that the adapters were trained on, or an export of it")
     shape = preflight(artifact.require_model(model), settings.out, recipe.bits)
-    base = artifact.fingerprint(model)
+    base = hashes.fingerprint(model)
     candidates = [inclusion.examine(name, path, model, base) for name, path in named.items()]
     config = {key: value for key, value in flat(settings).items() if key != "out"}
     with artifact.create(settings.out, kind="package", command="pack", config=config, force=settings.force) as draft:
@@ -150,7 +150,7 @@ def _model_of(exported: Artifact) -> Path:
     """
     artifact.check(exported)
     recorded, place = exported.manifest.input("baseline"), exported.find("baseline")
-    if recorded is None or place is None or artifact.fingerprint(place) != recorded.sha256:
+    if recorded is None or place is None or not recorded.matches(place):
         raise BadArtifact(
             f"the model that {exported.path} was made of is not at {_recorded(exported)}", "put it back there, or pack the model itself"
         )

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from slmops import __version__, artifact, environment
+from slmops import __version__, artifact, environment, hashes
 from slmops.config import flat
 from slmops.data.tokenizer_files import TOKENIZER_FILES
 from slmops.errors import BadArtifact, InvalidInput
@@ -124,11 +124,11 @@ def content_of(place: str) -> str:
     if not path.exists():
         return f"hub:{place}"  # its revision is recorded by the step that fetches it
     if path.is_file():
-        return artifact.sha256_file(path)
+        return hashes.sha256_file(path)
     found = artifact.find(path)
     if found is None:
         names = sorted(file.name for file in path.iterdir() if file.is_file() and _decides(file.name))
-        return _hash([artifact.fingerprint(path), {name: artifact.sha256_file(path / name) for name in names}])
+        return _hash([hashes.fingerprint(path), {name: hashes.sha256_file(path / name) for name in names}])
     artifact.check(found)
     manifest = found.manifest
     if manifest.kind not in ("model", "adapter", "export", "package"):

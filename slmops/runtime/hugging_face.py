@@ -143,7 +143,7 @@ def find_base(folder: Path, found: Artifact | None, details: dict[str, Any], giv
     if place is None or not place.is_dir():
         raise BadArtifact(f"the base model of {folder} is not at {place or recorded and recorded.path}", "give its folder with --base")
     artifact.require_model(place)
-    if recorded is not None and artifact.fingerprint(place) != recorded.sha256:
+    if recorded is not None and not recorded.matches(place):
         raise BadArtifact(
             f"{place} is not the base that {folder} was trained on: its hash differs", "give the right one with --base, or train again"
         )

@@ -68,7 +68,7 @@ def find_quantized_base(folder: Path, base: Path) -> QuantizedBase:
     found = artifact.load(folder, kinds=("export", "package"))
     artifact.check(found)
     recorded = found.manifest.input("baseline")
-    if recorded is None or recorded.sha256 != artifact.fingerprint(base):
+    if recorded is None or not recorded.matches(base):
         raise BadArtifact(
             f"{folder} was not made of {base}: it is a quantized {recorded.path if recorded else 'model that it does not name'}",
             f"export that very model: slmops export {base} -o OUT",

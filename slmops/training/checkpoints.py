@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from slmops import artifact, progress
+from slmops import artifact, hashes, progress
 from slmops.config import FinetuneSettings, RunSettings, flat
 from slmops.errors import BadArtifact, InvalidInput
 
@@ -166,9 +166,9 @@ def identity(
         files: what else it learns from, by role.
     """
     values = {key: value for key, value in flat(settings).items() if key not in _FREE}
-    dataset = None if data is None else artifact.fingerprint(data) if Path(data).exists() else str(data)
-    others = {f"file {role}": artifact.fingerprint(place) for role, place in files.items()}
-    return {**values, "base": artifact.fingerprint(base), "dataset": dataset, "quantized_base": quantized_base, **others}
+    dataset = None if data is None else hashes.fingerprint(data) if Path(data).exists() else str(data)
+    others = {f"file {role}": hashes.fingerprint(place) for role, place in files.items()}
+    return {**values, "base": hashes.fingerprint(base), "dataset": dataset, "quantized_base": quantized_base, **others}
 
 
 def step_of(checkpoint: Path) -> int:

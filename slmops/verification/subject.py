@@ -212,7 +212,7 @@ def _baseline(package: Path, found: Artifact | None, given: str | None) -> Path:
     place = found.find("baseline")
     if place is None:
         raise BadArtifact(f"the model that {package} was exported from is no longer at {recorded.path}", "give it with --baseline")
-    if artifact.fingerprint(place) != recorded.sha256:
+    if not recorded.matches(place):
         raise BadArtifact(
             f"{place} is not the model that {package} was exported from: its hash differs",
             "export it again, or give the model with --baseline",
@@ -228,7 +228,7 @@ def _base(baseline_found: Artifact | None, given: str | None) -> Path | None:
         return Path(given)
     recorded = baseline_found.manifest.input("base") if baseline_found is not None else None
     place = baseline_found.find("base") if baseline_found is not None else None
-    if place is not None and recorded is not None and artifact.fingerprint(place) != recorded.sha256:
+    if place is not None and recorded is not None and not recorded.matches(place):
         raise BadArtifact(f"{place} is not the model that was fine-tuned: its hash differs", "give that model with --base")
     return place
 
@@ -244,7 +244,7 @@ def adapter_subject(base: Subject, name: str) -> Subject:
     if recorded is None or place is None:
         where = recorded.path if recorded is not None else "(nowhere)"
         raise BadArtifact(f"{name}: the adapter that was packed is no longer at {where}", "put it back there, or pack again")
-    if artifact.fingerprint(place) != recorded.sha256:
+    if not recorded.matches(place):
         raise BadArtifact(f"{name}: {place} is not the adapter that was packed: it was changed since", "pack it again")
     found = artifact.find(place)
     given = rows_given(base.found, base.settings).get(name)
