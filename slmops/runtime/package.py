@@ -84,34 +84,35 @@ class Package:
         folder: of `slmops pack`, or an export, which has no adapters.
         threads: of the operators; None: by the size of the weights.
         most_loaded: adapters kept in memory; the least recently used one goes.
+        prepacking: of onnxruntime: see `Sessions`.
 
     Raises:
         BadArtifact: the package is incomplete or changed.
     """
 
-    def __init__(self, folder: Path | str, *, threads: int | None = None, most_loaded: int = _MOST_LOADED) -> None:
+    def __init__(self, folder: Path | str, *, threads: int | None = None, most_loaded: int = _MOST_LOADED, prepacking: bool = True) -> None:
         found = artifact.load(folder, kinds=("package", "export"))
         artifact.check(found)
-        self._open(found, threads, most_loaded)
+        self._open(found, threads, most_loaded, prepacking=prepacking)
 
     @classmethod
-    def of_parts(cls, folder: Path, interface: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> Package:
+    def of_parts(cls, folder: Path, interface: Mapping[str, Any] | None, facts: Mapping[str, Any], *, prepacking: bool = True) -> Package:
         """Return a package that is still being written and has no manifest yet."""
         manifest = artifact.Manifest(
             kind="package", created="", version="", command="", interface=dict(interface) if interface else None, facts=dict(facts)
         )
         package = cls.__new__(cls)
-        package._open(Artifact(folder, manifest), None, _MOST_LOADED)
+        package._open(Artifact(folder, manifest), None, _MOST_LOADED, prepacking=prepacking)
         return package
 
-    def _open(self, found: Artifact, threads: int | None, most_loaded: int) -> None:
+    def _open(self, found: Artifact, threads: int | None, most_loaded: int, *, prepacking: bool) -> None:
         self.found, self.folder = found, found.path
         self.threads = threads or environment.threads_for(weights_bytes(self.folder))
         self.tokenizer = Tokenizer.load(self.folder)
         engine = engine_of(self.folder)
         self._is_genai = engine is None or engine.name == "genai"
         if self._is_genai:
-            self._sessions = Sessions(self.folder, self.threads)
+            self._sessions = Sessions(self.folder, self.threads, prepacking=prepacking)
         self._library = _Library(found, most_loaded)
 
     @property

@@ -38,14 +38,15 @@ class Sessions:
     Args:
         folder: holds `genai_config.json`, the graphs and their data.
         threads: of the operators.
+        prepacking: onnxruntime lays weights out anew when it loads them, for its kernels: worth it for more than a few tokens.
 
     Raises:
         BadArtifact: there is no config that can be used.
         Unavailable: the provider that the folder is made for is not here.
     """
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        self.folder, self.threads = folder, threads
+    def __init__(self, folder: Path, threads: int, *, prepacking: bool = True) -> None:
+        self.folder, self.threads, self.prepacking = folder, threads, prepacking
         self._decoders: dict[str, Decoder] = {}
         self._models: dict[str, Any] = {}
         try:
@@ -80,8 +81,10 @@ class Sessions:
             og = environment.require("onnxruntime_genai", "to run a package")
             register_with_genai(self._target)
             config = og.Config(str(self.folder))
-            options = {"filename": filename, "session_options": {"intra_op_num_threads": self.threads}}
-            config.overlay(json.dumps({"model": {"decoder": options}}))
+            options: dict[str, Any] = {"intra_op_num_threads": self.threads}
+            if not self.prepacking:
+                options["session.disable_prepacking"] = "1"
+            config.overlay(json.dumps({"model": {"decoder": {"filename": filename, "session_options": options}}}))
             try:
                 self._models[filename] = og.Model(config)
             except RuntimeError as error:
