@@ -16,12 +16,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from contextvars import ContextVar
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -29,14 +28,15 @@ import numpy as np
 from slmops import environment, progress
 from slmops.errors import RunFailed, raise_if_killed
 from slmops.graph.ahead import quantizing
+from slmops.graph.float_data import FloatData
 from slmops.graph.linears import Linear, Model, load_graph
 from slmops.graph.recipes import Recipe
-from slmops.graph.rewriting import quantize_graph
+from slmops.graph.rewriting import look_up_in_head, quantize_graph
 from slmops.graph.stored_weights import StoredWeights
 
-# A matrix is turned in squares of so many rows and columns, which a core's cache holds: 3 times as fast as in one piece.
-_TURNED = 128
 _PROCESS = Path(__file__).with_name("builder_process.py")
+Meanwhile = Callable[[Callable[[], bool]], object]
+"""Work beside the builder; it is given a function that says whether the builder is still busy."""
 _SHARED: ContextVar[Path | None] = ContextVar("_SHARED", default=None)
 """Where builds are kept that may be asked for again (`shared_builds`)."""
 
@@ -50,7 +50,7 @@ def build(
     context_tokens: int,
     options: dict[str, str] | None = None,
     sources: bool = False,
-    meanwhile: Callable[[], None] | None = None,
+    meanwhile: Meanwhile | None = None,
 ) -> None:
     """Write the builder's folder for a model.
 
@@ -62,7 +62,7 @@ def build(
         context_tokens: longest sequence; the rotary tables are made for no more where the model's RoPE allows it.
         options: the builder's extra options.
         sources: leave out of a float graph what the model's files hold; `load_built` reads it there.
-        meanwhile: called while the builder works, which keeps one core busy.
+        meanwhile: called while the builder works, which keeps one core busy; it is given a function that says whether it still does.
 
     Raises:
         Unavailable: onnxruntime-genai or a library that its builder needs is missing.
@@ -74,7 +74,7 @@ def build(
     if kept is not None and kept.is_dir():
         shutil.copytree(kept, out)  # copies: onnx reads no file that has two names
         if meanwhile is not None:
-            meanwhile()
+            meanwhile(lambda: False)
         return
     with TemporaryDirectory(prefix="slmops-build-") as scratch, progress.task("build the graph"):
         source = bounded_copy(model, Path(scratch) / "model", context_tokens)
@@ -89,19 +89,31 @@ def build(
         shutil.copytree(out, kept)
 
 
-def build_and_quantize(
-    model: Path, out: Path, recipe: Recipe, *, context_tokens: int, meanwhile: Callable[[], None] | None = None
+def build_for_cpu(
+    model: Path, out: Path, recipe: Recipe, *, context_tokens: int, data: Path, meanwhile: Callable[[], None] = lambda: None
 ) -> Model:
-    """Return the graph of a model for onnxruntime's CPU provider, quantized by a recipe: most of that while the builder works.
+    """Return the graph of a model for onnxruntime's CPU provider, by a recipe: most of the work is done while the builder works.
+
+    Quantized matrices are in memory afterwards, float ones in the data file.
 
     Args and Raises: see `build`. `out` must stay while the graph is used.
+        data: where `slmops.graph.rewriting.save_twins` will look for the data file.
     """
-    ways = float_options(model)
-    with quantizing(model, recipe.rule) if recipe.bits else nullcontext() as ahead:
-        build(model, out, precision="fp32", provider="cpu", context_tokens=context_tokens, options=ways, sources=True, meanwhile=meanwhile)
-        graph = load_built(out, model)
-        if ahead is not None:
-            quantize_graph(graph, recipe.scheme, ahead=lambda linear, scheme: ahead.packed(parameters_of(graph, linear), scheme))
+
+    def build_float(beside: Meanwhile) -> Model:
+        ways = float_options(model)
+        build(model, out, precision="fp32", provider="cpu", context_tokens=context_tokens, options=ways, sources=True, meanwhile=beside)
+        return load_built(out, model)
+
+    if not recipe.bits:
+        with closing(FloatData(model, data)) as written:
+            graph = build_float(lambda busy: (meanwhile(), written.work(busy)))
+            written.give(graph)
+            look_up_in_head(graph)
+        return graph
+    with quantizing(model, recipe.rule) as ahead:
+        graph = build_float(lambda _: meanwhile())
+        quantize_graph(graph, recipe.scheme, ahead=lambda linear, scheme: ahead.packed(parameters_of(graph, linear), scheme))
     return graph
 
 
@@ -112,17 +124,21 @@ def require_libraries() -> None:
             environment.require(library, "to build the graph")
 
 
-def _run_beside(command: list[str], folder: str, meanwhile: Callable[[], None] | None) -> tuple[int, str]:
+def _run_beside(command: list[str], folder: str, meanwhile: Meanwhile | None) -> tuple[int, str]:
     """Run a process beside work of our own; return its exit code and what it said."""
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            if meanwhile is not None:
-                meanwhile()
-            output, errors = process.communicate()
-        except BaseException:
-            process.kill()
-            raise
-    return process.returncode, errors or output
+    # To files: a pipe that nobody reads meanwhile would stop it.
+    with TemporaryFile("w+") as output, TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, cwd=folder, stdout=output, stderr=errors) as process:
+            try:
+                if meanwhile is not None:
+                    meanwhile(lambda: process.poll() is None)
+                process.wait()
+            except BaseException:
+                process.kill()
+                raise
+        for file in (output, errors):
+            file.seek(0)
+        return process.returncode, errors.read() or output.read()
 
 
 def float_options(model: Path) -> dict[str, str]:
@@ -186,28 +202,9 @@ def _lazy(place: Any, stored: StoredWeights, parameters: list[str], *, transpose
     def read() -> Any:
         matrix = stored[parameters[0]] if len(parameters) == 1 else np.concatenate([stored[name] for name in parameters])
         matrix = matrix.astype(place.dtype.numpy(), copy=False)
-        kind = _turned_tensor() if transposed else onnx_ir.Tensor
-        return kind(matrix.T if transposed else matrix, dtype=place.dtype, name=place.name)
+        return onnx_ir.Tensor(matrix.T if transposed else matrix, dtype=place.dtype, name=place.name)
 
     return onnx_ir.LazyTensor(read, dtype=place.dtype, shape=place.shape, name=place.name)
-
-
-@cache
-def _turned_tensor() -> Any:
-    """Return a tensor of onnx_ir that holds a transposed view, and turns it when it is written: numpy writes such a view number by number."""
-    onnx_ir = environment.require("onnx_ir", "to write an ONNX graph")
-
-    class Turned(onnx_ir.Tensor):
-        def tofile(self, file: Any) -> None:
-            view = self.numpy()
-            room = np.empty((_TURNED, view.shape[1]), view.dtype)
-            for row in range(0, len(view), _TURNED):
-                rows = view[row : row + _TURNED]
-                for at in range(0, view.shape[1], _TURNED):
-                    room[: len(rows), at : at + _TURNED] = rows[:, at : at + _TURNED]
-                room[: len(rows)].tofile(file)
-
-    return Turned
 
 
 def bounded_copy(model: Path, place: Path, context_tokens: int) -> Path:

@@ -83,11 +83,18 @@ class _Flattening:
     def _begin(self, node: Node) -> None:
         """Note the activations that begin at a node which keeps three dimensions."""
         value = node.outputs[0]
-        if node.op_type == "GroupQueryAttention" or (node.op_type in _EMBEDDINGS and self.ids in node.inputs):
+        if node.op_type == "GroupQueryAttention" or self._is_embedding(node):
             # After the cut no attention follows, so it sees all tokens.
             self.tokens[value] = _ALL
         elif node.op_type == "Gather" and node.inputs[0] is not None and self.tokens.get(self._origin(node.inputs[0])) == _ALL:
             self.tokens[value] = _LAST
+
+    def _is_embedding(self, node: Node) -> bool:
+        """Return whether a node gives the embedding of each token: of one that is looked up by columns, what turns it."""
+        if node.op_type == "Transpose":
+            source = node.inputs[0].producer()
+            return source is not None and source.op_type == "Gather" and self.ids in source.inputs
+        return node.op_type in _EMBEDDINGS and self.ids in node.inputs
 
     def _origin(self, value: Value) -> Value:
         return self.twins.get(value, value)

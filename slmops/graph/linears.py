@@ -24,6 +24,8 @@ Value = Any
 
 HEAD = "lm_head"
 EMBEDDING = "model.embed_tokens"
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What the builder stacks along the outputs, in that order."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def embedding(model: Model) -> Linear | None:
         if node.op_type == "Gather" and any(value is not None and value.name == "input_ids" for value in node.inputs):
             name = _source(node.inputs[0])
             shape = model.graph.initializers[name].shape.numpy()
-            tied = node.inputs[0].producer() is not None  # a Transpose of the head's (inputs, vocabulary)
+            # The head's (inputs, vocabulary): by the builder's Transpose, or along its columns (`rewriting.look_up_in_head`).
+            tied = node.inputs[0].producer() is not None or ("axis" in node.attributes and node.attributes["axis"].as_int() == 1)
             vocabulary, width = (shape[1], shape[0]) if tied else (shape[0], shape[1])
             return Linear(EMBEDDING, int(width), int(vocabulary), None, None, (name,), outputs_first=not tied)
     return None
@@ -143,9 +146,8 @@ def parts(layer: str, parameters: Mapping[str, tuple[int, ...]]) -> list[tuple[s
     if f"{own}.weight" in parameters:
         return [(f"{own}.weight", slice(0, parameters[f"{own}.weight"][0]))]
     stem, _, last = own.rpartition(".")
-    fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}.get(last, ())
     found, start = [], 0
-    for name in (f"{stem}.{part}.weight" for part in fused):
+    for name in (f"{stem}.{part}.weight" for part in FUSED.get(last, ())):
         if name not in parameters:
             return []
         rows = parameters[name][0]
