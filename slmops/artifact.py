@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -257,7 +257,7 @@ def checked(folder: Path | str, kind: Kind, hint: str) -> Artifact | None:
     return found
 
 
-def changed_files(artifact: Artifact) -> list[str]:
+def changed_files(artifact: Artifact, sha256_of: Callable[[Path], str] = hashes.sha256_file) -> list[str]:
     """Hash every file of an artefact; return one `name: what is wrong` per file that is missing or differs."""
     problems = []
     for name, record in artifact.manifest.files.items():
@@ -266,7 +266,7 @@ def changed_files(artifact: Artifact) -> list[str]:
             problems.append(f"{name}: missing")
         elif path.stat().st_size != record.bytes:
             problems.append(f"{name}: {path.stat().st_size} bytes, and {record.bytes} were written")
-        elif hashes.sha256_file(path) != record.sha256:
+        elif sha256_of(path) != record.sha256:
             problems.append(f"{name}: content changed")
     return problems
 
@@ -274,27 +274,16 @@ def changed_files(artifact: Artifact) -> list[str]:
 def check(artifact: Artifact) -> None:
     """Refuse an artefact whose files are not those that were written; call it before anything of it is loaded.
 
-    Hashing gigabytes at every load is slow, so a check that passed is remembered per user by the manifest's digest
-    with each file's size and modification time; a file that was touched is hashed again.
+    Large files are hashed once, and again when they were touched: see `slmops.hashes`.
 
     Raises:
         BadArtifact: a file is missing or changed.
     """
-    stamps = {name: hashes.stamp(artifact.path / name) for name in artifact.manifest.files}
-    memory = _memory(artifact)
-    if all(stamps.values()) and memory is not None and memory.is_file() and memory.read_text() == json.dumps(stamps):
-        return
-    problems = changed_files(artifact)
+    problems = changed_files(artifact, hashes.kept_sha256)
     if problems:
         raise BadArtifact(
             f"{artifact.path} is not what was written: {'; '.join(problems)}", "make it again, or copy it again from where it came"
         )
-    if memory is not None:
-        try:
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            memory.write_text(json.dumps(stamps))
-        except OSError:
-            return  # a device with a read-only home hashes at every load
 
 
 def seal(folder: Path | str, *, without: Sequence[Path] = (), **changes: Any) -> Artifact:
@@ -390,12 +379,6 @@ def _write(folder: Path, manifest: Manifest) -> Manifest:
 def _digest(manifest: Manifest) -> str:
     content = manifest.model_dump(mode="json", exclude={"digest"})
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _memory(artifact: Artifact) -> Path | None:
-    home = os.environ.get("XDG_CACHE_HOME") or (Path.home() / ".cache")
-    place = hashlib.sha256(str(artifact.path.resolve()).encode()).hexdigest()[:16]
-    return Path(home) / "slmops" / "checked" / f"{artifact.manifest.digest[:16]}-{place}.json"
 
 
 def _write_failure(out: Path, error: OSError) -> tuple[str, str]:

@@ -1,13 +1,21 @@
-"""What does a file or a folder hold? Told by hashes of its content, so that another one is known, wherever it lies."""
+"""What does a file or a folder hold? Told by hashes of its content, so that another one is known, wherever it lies.
+
+Every verb asks whether the model is still the one that it was, and to hash 6 GB takes 4 s. So the hash of a large file is kept per
+user with the file's stamp, which changes when anything writes to it: size, inode, and the times of the last change of its content
+and of anything about it, the second of which no program can set. A file that changed within the last seconds is not kept: what is
+written to it next could leave the same times.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -23,8 +31,11 @@ import hashlib, json, sys
 print(json.dumps({name: hashlib.file_digest(open(name, "rb"), "sha256").hexdigest() for name in sys.argv[1:]}))
 """
 
+# Bytes of a file whose hash is worth keeping, and nanoseconds since its last change from which on it is.
+_LARGE, _SETTLED = 1 << 24, 2_000_000_000
+
 Stamp = list[int]
-"""Of a file: size, modification time in nanoseconds, inode. A file with the same stamp was not written to since."""
+"""Of a file: size, nanoseconds of the last change of its content and of anything, device, inode. With the same stamp it is the same."""
 
 
 class FileRecord(BaseModel):
@@ -45,21 +56,42 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def kept_sha256(path: Path) -> str:
+    """Return what `sha256_file` does, of a large file that did not change since the last time without reading it."""
+    seen, place = stamp(path), _memory(path)
+    if seen is None or seen[0] < _LARGE or place is None:
+        return sha256_file(path)
+    try:
+        kept = json.loads(place.read_text(encoding="utf-8"))
+        if kept["stamp"] == seen:
+            return str(kept["sha256"])
+    except (OSError, ValueError, LookupError, TypeError):
+        pass  # not there, or not ours: hashed, and kept anew
+    found = sha256_file(path)
+    if stamp(path) == seen and time.time_ns() - max(seen[1:3]) > _SETTLED:
+        with suppress(OSError):  # a device with a read-only home hashes each time
+            place.parent.mkdir(parents=True, exist_ok=True)
+            part = place.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps({"stamp": seen, "sha256": found}), encoding="utf-8")
+            part.replace(place)
+    return found
+
+
 def fingerprint(path: Path | str) -> str:
-    """Return a hash that tells one model, adapter, data file or folder from another.
+    """Return a hash that tells one model, adapter, data file or folder from another; large files by `kept_sha256`.
 
     Of a folder with weights: the hash of its `*.safetensors` and config files' contents, whatever else lies beside
     them. Of any other folder: of all its files. Of a file: of its content.
     """
     path = Path(path)
     if path.is_file():
-        return sha256_file(path)
+        return kept_sha256(path)
     if not path.is_dir():
         raise BadArtifact(f"no such file or folder: {path}", "check the path")
     weights = [file for pattern in _WEIGHTS for file in sorted(path.glob(pattern))]
     configs = [file for name in _CONFIGS if (file := path / name).is_file()]
     chosen = weights + configs if weights else sorted(file for file in path.rglob("*") if file.is_file() and file.name != _MANIFEST)
-    lines = [f"{file.relative_to(path)} {sha256_file(file)}" for file in chosen]
+    lines = [f"{file.relative_to(path)} {kept_sha256(file)}" for file in chosen]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -101,12 +133,21 @@ def stamp(path: Path) -> Stamp | None:
     if not path.is_file():
         return None
     status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_dev, status.st_ino]
 
 
 def size_bytes(folder: Path | str) -> int:
     """Return the size of all files of a folder."""
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
+def _memory(path: Path) -> Path | None:
+    """Return where a file's hash is kept; None where there is no home."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return home / "slmops" / "hashes" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
 
 
 def _stamps(folder: Path, without: Path) -> dict[str, Stamp]:

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -255,3 +256,57 @@ def test_hashes_that_were_not_found_beside_the_work_are_taken_after_it(tmp_path:
         with draft.hashing():
             pass
     assert artifact.changed_files(draft.done()) == []
+
+
+def large(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Write a file whose hash is worth keeping, changed long enough ago; return what will be read of it."""
+    monkeypatch.setattr(hashes, "_LARGE", 8)
+    monkeypatch.setattr(hashes, "_SETTLED", 0)
+    path.write_text("large enough")
+    read: list[str] = []
+    real = hashes.sha256_file
+    monkeypatch.setattr(hashes, "sha256_file", lambda file: (read.append(file.name), real(file))[1])
+    return read
+
+
+def test_a_large_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = large(tmp_path / "weights", monkeypatch)
+    assert hashes.kept_sha256(tmp_path / "weights") == hashes.kept_sha256(tmp_path / "weights") == hashes.fingerprint(tmp_path / "weights")
+    assert read == ["weights"]
+
+
+def rewritten(path: Path) -> None:
+    """Other content of the same size and with the old time of modification: only the system knows."""
+    status = path.stat()
+    path.write_text("LARGE ENOUGH")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def replaced(path: Path) -> None:
+    path.unlink()
+    path.write_text("LARGE ENOUGH")
+
+
+def damaged(path: Path) -> None:
+    for file in (path.parent / "cache").rglob("*.json"):
+        file.write_text("not JSON")
+
+
+@pytest.mark.parametrize("harm", [rewritten, replaced, damaged])
+def test_a_large_file_is_hashed_again_when_it_changed_or_the_memory_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Path], None]
+) -> None:
+    read = large(tmp_path / "weights", monkeypatch)
+    hashes.kept_sha256(tmp_path / "weights")
+    harm(tmp_path / "weights")
+    assert hashes.kept_sha256(tmp_path / "weights") == hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()
+    assert len(read) == 2
+
+
+def test_the_hash_of_a_file_that_changed_a_moment_ago_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its next change could leave the same times."""
+    read = large(tmp_path / "weights", monkeypatch)
+    monkeypatch.setattr(hashes, "_SETTLED", 60_000_000_000)
+    for _ in range(2):
+        hashes.kept_sha256(tmp_path / "weights")
+    assert len(read) == 2
