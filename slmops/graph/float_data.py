@@ -4,12 +4,14 @@ Which matrices the builder will ask for is foreseen by their names: it stacks q,
 (inputs, outputs), and a tied embedding is the head's. What it asked for is seen afterwards; where that is something else, the file
 is dropped and written as any other graph's (`slmops.graph.rewriting.save_twins`).
 
-Half of the time goes to the system, for memory to keep the file in; so pieces are small, and their memory is used again.
+Most of the time goes to the system, which finds memory to keep the file in: so pieces are large, since it takes one write to a file
+at a time, and their own memory is used again.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from slmops import environment, progress
 from slmops.graph.linears import EMBEDDING, FUSED, HEAD, Model
 from slmops.graph.stored_weights import StoredWeights
 
-# Bytes that are read, turned and written at once; and the square in which a matrix is turned, which a core's cache holds.
+# Bytes that are read, turned and written at once, up to twice as many; and the square in which a matrix is turned, which a core's cache holds.
 _PIECE_BYTES, _TURNED = 64 << 20, 128
 _MOST_THREADS = 4
 _ITEM = np.dtype(np.float32).itemsize
@@ -63,6 +65,7 @@ class FloatData:
     def __init__(self, model: Path, file: Path) -> None:
         self.file = file
         self._stored = StoredWeights(model)
+        self._room = _Room()
         self._matrices = list(foreseen(self._stored))
         self._pieces = iter([piece for matrix in self._matrices for piece in _pieces(matrix)])
         self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -112,16 +115,28 @@ class FloatData:
 
     def _write(self, matrix: Matrix, start: int, stop: int) -> None:
         """Write the outputs from `start` to `stop` of a matrix."""
-        rows = _stacked_rows(self._stored, matrix.parameters, start, stop)
+        rows = self._rows(matrix, start, stop)
         if not matrix.transposed:
             self._put(rows, matrix.offset + _ITEM * start * matrix.inputs)
             return
-        turned = _turned(rows)
+        turned = _turn(rows, self._room.array(1, (rows.shape[1], len(rows))))
         if len(rows) == matrix.outputs:
             self._put(turned, matrix.offset)
             return
         for row, numbers in enumerate(turned):
             self._put(numbers, matrix.offset + _ITEM * (row * matrix.outputs + start))
+
+    def _rows(self, matrix: Matrix, start: int, stop: int) -> np.ndarray:
+        """Return some outputs of a matrix, (stop - start, inputs)."""
+        found, at, first = self._room.array(0, (stop - start, matrix.inputs)), 0, 0
+        for name in matrix.parameters:
+            rows = self._stored.shape(name)[0]
+            low, high = max(start - first, 0), min(stop - first, rows)
+            if low < high:
+                self._stored.rows(name, low, high, found[at : at + high - low])
+                at += high - low
+            first += rows
+        return found
 
     def _put(self, numbers: np.ndarray, offset: int) -> None:
         data: Any = numbers.reshape(-1).view(np.uint8)
@@ -156,27 +171,28 @@ def _stacks(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _pieces(matrix: Matrix) -> Iterator[tuple[Matrix, int, int]]:
-    step = max(1, _PIECE_BYTES // (_ITEM * matrix.inputs))
+    step = -(-matrix.outputs // max(1, matrix.length // _PIECE_BYTES))
     for start in range(0, matrix.outputs, step):
         yield matrix, start, min(start + step, matrix.outputs)
 
 
-def _stacked_rows(stored: StoredWeights, parameters: Sequence[str], start: int, stop: int) -> np.ndarray:
-    """Return some outputs of stacked parameters, (stop - start, inputs) float32."""
-    parts, first = [], 0
-    for name in parameters:
-        rows = stored.shape(name)[0]
-        low, high = max(start - first, 0), min(stop - first, rows)
-        if low < high:
-            parts.append(stored.rows(name, low, high))
-        first += rows
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _turned(rows: np.ndarray) -> np.ndarray:
-    """Return a transposed copy, made square by square: 3 times as fast as in one piece."""
-    turned = np.empty(rows.shape[::-1], rows.dtype)
+def _turn(rows: np.ndarray, turned: np.ndarray) -> np.ndarray:
+    """Write the transpose into `turned`, square by square: 3 times as fast as in one piece."""
     for row in range(0, len(rows), _TURNED):
         for at in range(0, rows.shape[1], _TURNED):
             turned[at : at + _TURNED, row : row + _TURNED] = rows[row : row + _TURNED, at : at + _TURNED].T
     return turned
+
+
+class _Room(threading.local):
+    """Two arrays of each thread, which are used again: new ones would be taken from the system page by page."""
+
+    def __init__(self) -> None:
+        self._arrays = [np.empty(0, np.float32), np.empty(0, np.float32)]
+
+    def array(self, number: int, shape: tuple[int, int]) -> np.ndarray:
+        """Return one of the two, of some content."""
+        size = shape[0] * shape[1]
+        if len(self._arrays[number]) < size:
+            self._arrays[number] = np.empty(size, np.float32)
+        return self._arrays[number][:size].reshape(shape)

@@ -17,6 +17,8 @@ from slmops.graph.linears import EMBEDDING, HEAD
 
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LENGTH_BYTES = 8
+_CHUNK = 1 << 22
+"""Numbers that are converted at once."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,18 @@ class StoredWeights(Mapping[str, np.ndarray]):
         stored = self._stored[self._place(name)]
         return _read(stored, 0, math.prod(stored.shape)).reshape(stored.shape)
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return some rows of a parameter as float32; no other is read."""
+    def rows(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Return some rows of a parameter as float32; no other is read.
+
+        Args:
+            name: of the parameter.
+            start: first row.
+            stop: row after the last.
+            out: (stop - start, ...) float32, contiguous: to read into.
+        """
         stored = self._stored[self._place(name)]
         width = math.prod(stored.shape[1:])
-        return _read(stored, start * width, (stop - start) * width).reshape(stop - start, *stored.shape[1:])
+        return _read(stored, start * width, (stop - start) * width, out).reshape(stop - start, *stored.shape[1:])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter; it is not read."""
@@ -97,11 +106,24 @@ def _read_header(file: Path) -> dict[str, _Stored]:
     return found
 
 
-def _read(stored: _Stored, first: int, count: int) -> np.ndarray:
-    """Return some numbers of a parameter, (count,) float32."""
+def _read(stored: _Stored, first: int, count: int, out: np.ndarray | None = None) -> np.ndarray:
+    """Return some numbers of a parameter, (count,) float32, or `out`, which they are written to."""
     if stored.dtype not in _TYPES:
         raise BadArtifact(f"{stored.file} holds weights of type {stored.dtype}", f"convert the model to {', '.join(_TYPES)}")
     if stored.dtype == "BF16":
         environment.require("ml_dtypes", "to read weights")  # by which numpy knows bfloat16
     dtype = np.dtype(_TYPES[stored.dtype])
-    return np.fromfile(stored.file, dtype, count, offset=stored.offset + first * dtype.itemsize).astype(np.float32, copy=False)
+    offset = stored.offset + first * dtype.itemsize
+    if out is None:
+        return np.fromfile(stored.file, dtype, count, offset=offset).astype(np.float32, copy=False)
+    if dtype == np.float32:
+        with stored.file.open("rb", buffering=0) as stream:
+            stream.seek(offset)
+            room: Any = memoryview(out.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
+            while room and (read := stream.readinto(room)):
+                room = room[read:]
+    else:
+        flat = out.reshape(-1)
+        for at in range(0, count, _CHUNK):  # a small copy on the way, whose memory is used again
+            flat[at : at + _CHUNK] = np.fromfile(stored.file, dtype, min(_CHUNK, count - at), offset=offset + at * dtype.itemsize)
+    return out
