@@ -138,7 +138,7 @@ class Draft:
     @contextmanager
     def hashing(self) -> Iterator[None]:
         """Hash what is written so far beside the work of the block, which may read it and write more."""
-        with hashes.hashing(self.folder, without=self.folder / MANIFEST) as found:
+        with hashes.hashing(self.folder, without=self.folder / MANIFEST, known=self.hashed) as found:
             yield
             self.hashed = found()
 

@@ -99,20 +99,20 @@ def records(folder: Path, *, without: Path, known: Known | None = None) -> dict[
     """Return size and hash of each file of a folder but one, by its name there; what is known is not read again."""
     found: dict[str, FileRecord] = {}
     for file, seen in _stamps(folder, without).items():
-        name = str(Path(file).relative_to(folder))
+        name = _name(file, folder)
         before, record = (known or {}).get(name, (None, None))
         found[name] = record if record is not None and before == seen else FileRecord(bytes=seen[0], sha256=sha256_file(Path(file)))
     return found
 
 
 @contextmanager
-def hashing(folder: Path, *, without: Path) -> Iterator[Callable[[], Known]]:
-    """Hash a folder's files beside the work of the block, in a process: a thread would wait for libraries that keep Python's lock.
+def hashing(folder: Path, *, without: Path, known: Known) -> Iterator[Callable[[], Known]]:
+    """Hash a folder's files that are not known yet beside the work of the block, in a process: a thread would wait for libraries that keep Python's lock.
 
     Yields:
         a function that returns what was found, of files that are there when the block begins; to be called at its end.
     """
-    stamps = _stamps(folder, without)
+    stamps = {file: seen for file, seen in _stamps(folder, without).items() if known.get(_name(file, folder), (None,))[0] != seen}
     command = [sys.executable, "-I", "-S", "-c", _PROCESS, *map(str, stamps)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
 
@@ -120,7 +120,7 @@ def hashing(folder: Path, *, without: Path) -> Iterator[Callable[[], Known]]:
             output, _ = process.communicate()
             hashed: dict[str, str] = json.loads(output) if process.returncode == 0 else {}
             files = {file: (stamps[file], FileRecord(bytes=stamps[file][0], sha256=sha)) for file, sha in hashed.items()}
-            return {str(Path(file).relative_to(folder)): seen for file, seen in files.items()}
+            return {**known, **{_name(file, folder): seen for file, seen in files.items()}}
 
         try:
             yield found
@@ -139,6 +139,10 @@ def stamp(path: Path) -> Stamp | None:
 def size_bytes(folder: Path | str) -> int:
     """Return the size of all files of a folder."""
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
+def _name(file: str, folder: Path) -> str:
+    return str(Path(file).relative_to(folder))
 
 
 def _memory(path: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import closing
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from tiny import make_model
 
 import slmops
+from slmops import hashes
 from slmops.graph import float_data
 from slmops.graph.float_data import FloatData, foreseen
 from slmops.graph.linears import embedding, load_graph, weights
@@ -71,8 +73,16 @@ def test_every_matrix_is_written_once_the_graph_has_it(
         if pieces:
             written.work(lambda: next(left, None) is not None)
         graph = graph_of(list(foreseen(stored)))
-        written.give(graph)
+        rest = onnx_ir.tensor(np.arange(100, dtype=np.float32), name="norm")
+        value = onnx_ir.Value(name="norm", shape=rest.shape, type=onnx_ir.TensorType(rest.dtype), const_value=rest)
+        graph.graph.initializers["norm"] = value
+        known = written.give(graph)
     content = (tmp_path / "data").read_bytes()
+    assert {name: record.sha256 for name, (_, record) in known.items()} == {"data": hashlib.sha256(content).hexdigest()}
+    assert known["data"][0] == hashes.stamp(tmp_path / "data")
+    assert isinstance(value.const_value, onnx_ir.ExternalTensor)
+    assert value.const_value.tobytes() == rest.tobytes()
+    del graph.graph.initializers["norm"]
     for matrix in foreseen(stored):
         assert content[matrix.offset : matrix.offset + matrix.length] == expected(stored, matrix), matrix.parameters
     for matrix, value in zip(foreseen(stored), graph.graph.initializers.values(), strict=True):
@@ -84,7 +94,7 @@ def test_a_graph_that_was_not_foreseen_keeps_its_matrices(model: Path, tmp_path:
     graph = graph_of(list(foreseen(StoredWeights(model)))[:-1])
     with closing(FloatData(model, tmp_path / "data")) as written:
         written.work(lambda: True)
-        written.give(graph)
+        assert written.give(graph) == {}
     assert not (tmp_path / "data").exists()
     assert not any(isinstance(value.const_value, onnx_ir.ExternalTensor) for value in graph.graph.initializers.values())
 

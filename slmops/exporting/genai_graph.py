@@ -45,7 +45,9 @@ def write_export(draft: Draft, source: Path, interface: Interface, target: targe
     with TemporaryDirectory(prefix="slmops-export-") as scratch:
         built = Path(scratch) / "float"
         length, data = interface.max_length_tokens, draft.folder / rewriting.DATA
-        graph = building.build_for_cpu(source, built, recipe, context_tokens=length, data=data, meanwhile=lambda: _prepare(draft, source))
+        graph, draft.hashed = building.build_for_cpu(
+            source, built, recipe, context_tokens=length, data=data, meanwhile=lambda: _prepare(draft, source)
+        )
         rewriting.save_twins(graph, draft.folder)
         write_runtime_config(built / "genai_config.json", draft.folder / "genai_config.json", interface)
     copy_tokenizer(source, draft.folder)

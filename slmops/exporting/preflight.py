@@ -12,9 +12,9 @@ from slmops.graph.shapes import DEFAULT_POSITIONS, Shape, read_shape, refuse_unr
 from slmops.runtime import hugging_face
 
 # Peak memory and disk over the model's float32 bytes, by the bits of the weights, and the memory that the libraries take whatever the
-# model (docs/memory.md). What is quantized is held as it will be stored; a float graph onnxruntime holds with its embedding in both
-# orders. Other roads than the CPU's (None) hold the model in float.
-_MEMORY: dict[int | None, float] = {4: 0.4, 8: 0.65, 0: 1.3, None: 1.4}
+# model (docs/memory.md). What is quantized is held as it will be stored; of a float graph the file is mapped. Other
+# roads than the CPU's (None) hold the model in float.
+_MEMORY: dict[int | None, float] = {4: 0.4, 8: 0.65, 0: 1.0, None: 1.4}
 _DISK: dict[int | None, float] = {4: 0.5, 8: 0.8, 0: 1.3, None: 2.0}
 _MEMORY_OF_LIBRARIES = 1_000_000_000
 

@@ -168,7 +168,7 @@ def _write_portable(source: Path, out: Path, built: Path, interface: Interface, 
     onnx_ir = environment.require("onnx_ir", "to write a graph")
     length = interface.max_length_tokens
     out.mkdir()
-    graph = building.build_for_cpu(source, built, recipe, context_tokens=length, data=out / rewriting.DATA)
+    graph, _ = building.build_for_cpu(source, built, recipe, context_tokens=length, data=out / rewriting.DATA)
     config = json.loads((built / "genai_config.json").read_text(encoding="utf-8"))
     rewriting.save_twins(graph, out)
     for name, count in ((PREFILL, tokens), (DECODE, 1)):

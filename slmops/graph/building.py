@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from slmops import environment, progress
+from slmops import environment, hashes, progress
 from slmops.errors import RunFailed, raise_if_killed
 from slmops.graph.ahead import quantizing
 from slmops.graph.float_data import FloatData
@@ -91,10 +91,10 @@ def build(
 
 def build_for_cpu(
     model: Path, out: Path, recipe: Recipe, *, context_tokens: int, data: Path, meanwhile: Callable[[], None] = lambda: None
-) -> Model:
+) -> tuple[Model, hashes.Known]:
     """Return the graph of a model for onnxruntime's CPU provider, by a recipe: most of the work is done while the builder works.
 
-    Quantized matrices are in memory afterwards, float ones in the data file.
+    Quantized matrices are in memory afterwards, float ones in the data file, whose hash is returned too.
 
     Args and Raises: see `build`. `out` must stay while the graph is used.
         data: where `slmops.graph.rewriting.save_twins` will look for the data file.
@@ -108,13 +108,13 @@ def build_for_cpu(
     if not recipe.bits:
         with closing(FloatData(model, data)) as written:
             graph = build_float(lambda busy: (meanwhile(), written.work(busy)))
-            written.give(graph)
-            look_up_in_head(graph)
-        return graph
+            hashed = written.give(graph)
+        look_up_in_head(graph)
+        return graph, hashed
     with quantizing(model, recipe.rule) as ahead:
         graph = build_float(lambda _: meanwhile())
         quantize_graph(graph, recipe.scheme, ahead=lambda linear, scheme: ahead.packed(parameters_of(graph, linear), scheme))
-    return graph
+    return graph, {}
 
 
 def require_libraries() -> None:

@@ -10,9 +10,10 @@ at a time, and their own memory is used again.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from slmops import environment, progress
+from slmops import environment, hashes, progress
 from slmops.graph.linears import EMBEDDING, FUSED, HEAD, Model
 from slmops.graph.stored_weights import StoredWeights
 
 # Bytes that are read, turned and written at once, up to twice as many; and the square in which a matrix is turned, which a core's cache holds.
 _PIECE_BYTES, _TURNED = 64 << 20, 128
 _MOST_THREADS = 4
+_INSIDE_BYTES, _HASHED_BYTES = 256, 1 << 22
 _ITEM = np.dtype(np.float32).itemsize
 
 
@@ -66,11 +68,12 @@ class FloatData:
         self.file = file
         self._stored = StoredWeights(model)
         self._room = _Room()
+        self._sha256, self._hashed = hashlib.sha256(), 0
         self._matrices = list(foreseen(self._stored))
         self._pieces = iter([piece for matrix in self._matrices for piece in _pieces(matrix)])
-        self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        if self._matrices:
-            os.truncate(self._descriptor, self._matrices[-1].offset + self._matrices[-1].length)
+        self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self._end = sum(matrix.length for matrix in self._matrices)
+        os.truncate(self._descriptor, self._end)
 
     def work(self, more: Callable[[], bool]) -> None:
         """Write pieces until all are written, or `more` says no."""
@@ -79,10 +82,13 @@ class FloatData:
             if not more():
                 return
 
-    def give(self, graph: Model) -> None:
-        """Let a graph of `slmops.graph.building.load_built` read its matrices in this file, and write what is not written yet.
+    def give(self, graph: Model) -> hashes.Known:
+        """Let a graph of `slmops.graph.building.load_built` read all its tensors in this file, once they are written.
 
         Where it is not the graph that was foreseen, it keeps its matrices, and there is no file afterwards.
+
+        Returns:
+            the file's hash, by its name: taken behind the writing, which leaves a processor time for it.
         """
         onnx_ir = environment.require("onnx_ir", "to write an ONNX graph")
         values: dict[tuple[tuple[str, ...], bool], Any] = {}
@@ -93,12 +99,17 @@ class FloatData:
         if any((matrix.parameters, matrix.transposed) not in values for matrix in self._matrices):
             self.close()
             self.file.unlink()
-            return
+            return {}
         for matrix in self._matrices:
             value = values[matrix.parameters, matrix.transposed]
-            place = {"location": self.file.name, "offset": matrix.offset, "length": matrix.length, "base_dir": self.file.parent}
-            value.const_value = onnx_ir.ExternalTensor(**place, dtype=value.dtype, shape=onnx_ir.Shape(matrix.shape), name=value.name)
+            value.const_value = self._external(value.const_value, matrix.offset, matrix.length)
         self._finish()
+        given = {id(values[matrix.parameters, matrix.transposed]) for matrix in self._matrices}
+        self._append(value for value in graph.graph.initializers.values() if id(value) not in given)
+        self._hash(self._end)
+        seen = hashes.stamp(self.file)
+        assert seen is not None
+        return {self.file.name: (seen, hashes.FileRecord(bytes=seen[0], sha256=self._sha256.hexdigest()))}
 
     def close(self) -> None:
         """Write no more."""
@@ -107,11 +118,35 @@ class FloatData:
             self._descriptor = -1
 
     def _finish(self) -> None:
+        """Write the pieces that are left; hash the matrices before them meanwhile, and behind them."""
         rest = list(self._pieces)
         threads = min(environment.usable_cores(), _MOST_THREADS)
         with progress.task("write the weights", total=len(rest)) as task, ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(lambda piece: self._write(*piece), rest):
+            done = pool.map(lambda piece: self._write(*piece), rest)
+            for (matrix, _, stop), _ in zip(rest, done, strict=True):
+                self._hash(matrix.offset + matrix.length if stop == matrix.outputs else matrix.offset)
                 task.advance()
+
+    def _append(self, values: Iterable[Any]) -> None:
+        """Write tensors that are no matrices of the model to the end; the small ones stay inside the graph's file."""
+        for value in values:
+            tensor = value.const_value
+            if tensor.nbytes > _INSIDE_BYTES:
+                self._put(np.frombuffer(tensor.tobytes(), np.uint8), self._end)
+                value.const_value = self._external(tensor, self._end, tensor.nbytes)
+                self._end += tensor.nbytes
+
+    def _external(self, tensor: Any, offset: int, length: int) -> Any:
+        onnx_ir = environment.require("onnx_ir", "to write an ONNX graph")
+        place = {"location": self.file.name, "offset": offset, "length": length, "base_dir": self.file.parent}
+        return onnx_ir.ExternalTensor(**place, dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
+
+    def _hash(self, end: int) -> None:
+        """Hash what is written up to an offset."""
+        while self._hashed < end:
+            part = os.pread(self._descriptor, min(_HASHED_BYTES, end - self._hashed), self._hashed)
+            self._sha256.update(part)
+            self._hashed += len(part)
 
     def _write(self, matrix: Matrix, start: int, stop: int) -> None:
         """Write the outputs from `start` to `stop` of a matrix."""

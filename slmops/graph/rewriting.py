@@ -25,8 +25,6 @@ from slmops.graph.recipes import ACCURACY_LEVEL
 
 # What is read and turned for the data file at once.
 _WRITING_THREADS, _WRITING_BYTES = 4, 256 << 20
-_INSIDE_BYTES = 256
-"""Of a tensor that stays inside the graph's file."""
 MAIN, FULL, ADAPTED, DATA = "model.onnx", "model_full.onnx", "model_adapters.onnx", "model.onnx.data"
 
 
@@ -129,7 +127,7 @@ def keep_last_token(model: Model) -> bool:
 def save_twins(model: Model, folder: Path) -> None:
     """Write `model_full.onnx` (all logits), `model.onnx` (the last token's) and the data file of both.
 
-    A data file that is there already (`slmops.graph.float_data`) is kept, and what the graph has beside it is appended.
+    A data file that is there already (`slmops.graph.float_data`) has all of it.
 
     Raises:
         RunFailed: the graph does not end in `logits`.
@@ -137,7 +135,6 @@ def save_twins(model: Model, folder: Path) -> None:
     onnx_ir = environment.require("onnx_ir", "to write a graph")
     _forget_inner_shapes(model)
     if (folder / DATA).is_file():
-        _append(model, folder / DATA)
         onnx_ir.save(model, folder / FULL)
     else:
         threads = min(environment.usable_cores(), _WRITING_THREADS)
@@ -145,21 +142,6 @@ def save_twins(model: Model, folder: Path) -> None:
     short = onnx_ir.load(folder / FULL)
     keep_last_token(short)
     onnx_ir.save(short, folder / MAIN)
-
-
-def _append(model: Model, file: Path) -> None:
-    """Write what a graph does not hold in a data file yet to its end."""
-    onnx_ir = environment.require("onnx_ir", "to write a graph")
-    with file.open("ab") as stream:
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            there = isinstance(tensor, onnx_ir.ExternalTensor) and Path(tensor.path) == file
-            if there or tensor.nbytes <= _INSIDE_BYTES:
-                continue
-            offset = stream.tell()
-            stream.write(tensor.tobytes())
-            place = {"location": file.name, "offset": offset, "length": stream.tell() - offset, "base_dir": file.parent}
-            value.const_value = onnx_ir.ExternalTensor(**place, dtype=tensor.dtype, shape=tensor.shape, name=tensor.name)
 
 
 def _initializers(model: Model, stem: str, scheme: Scheme, packed: Packed) -> list[Value]:
