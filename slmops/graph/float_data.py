@@ -11,7 +11,6 @@ at a time, and their own memory is used again.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,13 +66,14 @@ class FloatData:
     def __init__(self, model: Path, file: Path) -> None:
         self.file = file
         self._stored = StoredWeights(model)
-        self._room = _Room()
         self._sha256, self._hashed = hashlib.sha256(), 0
         self._matrices = list(foreseen(self._stored))
         self._pieces = iter([piece for matrix in self._matrices for piece in _pieces(matrix)])
-        self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         self._end = sum(matrix.length for matrix in self._matrices)
-        os.truncate(self._descriptor, self._end)
+        with file.open("xb") as stream:
+            stream.truncate(self._end)
+        self._streams: list[Any] = []
+        self._room = _Room(file, self._streams)
 
     def work(self, more: Callable[[], bool]) -> None:
         """Write pieces until all are written, or `more` says no."""
@@ -113,9 +113,8 @@ class FloatData:
 
     def close(self) -> None:
         """Write no more."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        for stream in self._streams:
+            stream.close()
 
     def _finish(self) -> None:
         """Write the pieces that are left; hash the matrices before them meanwhile, and behind them."""
@@ -144,7 +143,8 @@ class FloatData:
     def _hash(self, end: int) -> None:
         """Hash what is written up to an offset."""
         while self._hashed < end:
-            part = os.pread(self._descriptor, min(_HASHED_BYTES, end - self._hashed), self._hashed)
+            self._room.stream.seek(self._hashed)
+            part = self._room.stream.read(min(_HASHED_BYTES, end - self._hashed))
             self._sha256.update(part)
             self._hashed += len(part)
 
@@ -175,9 +175,9 @@ class FloatData:
 
     def _put(self, numbers: np.ndarray, offset: int) -> None:
         data: Any = numbers.reshape(-1).view(np.uint8)
+        self._room.stream.seek(offset)
         while len(data):
-            count = os.pwrite(self._descriptor, data, offset)  # less than all where a signal comes
-            data, offset = data[count:], offset + count
+            data = data[self._room.stream.write(data) :]  # less than all where a signal comes
 
 
 def foreseen(stored: StoredWeights) -> Iterator[Matrix]:
@@ -220,9 +220,11 @@ def _turn(rows: np.ndarray, turned: np.ndarray) -> np.ndarray:
 
 
 class _Room(threading.local):
-    """Two arrays of each thread, which are used again: new ones would be taken from the system page by page."""
+    """What each thread has of its own: the file, and two arrays that are used again: new ones the system would give page by page."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path, streams: list[Any]) -> None:
+        self.stream = file.open("r+b", buffering=0)
+        streams.append(self.stream)
         self._arrays = [np.empty(0, np.float32), np.empty(0, np.float32)]
 
     def array(self, number: int, shape: tuple[int, int]) -> np.ndarray:
