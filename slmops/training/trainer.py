@@ -101,15 +101,19 @@ class SupervisedTrainer(ResumableTrainer):
         return processes.prepare_loader(loader, self.accelerator)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
-        """Count the supervised tokens of an optimizer step, over its accumulated batches and all processes."""
-        count = sum(int((batch["targets"] != IGNORED).sum()) for batch in batch_samples)
+        """Count what the loss of an optimizer step is the mean over, in its accumulated batches and all processes."""
+        count = sum(map(self.counted, batch_samples))
         if self.accelerator.num_processes > 1:
             count = int(self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum"))  # type: ignore[arg-type]
         return count
 
+    def counted(self, batch: Any) -> int:
+        """Count the supervised tokens of a batch."""
+        return int((batch["targets"] != IGNORED).sum())
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Return the summed cross entropy of the supervised tokens over their number in the whole optimizer step."""
-        count = num_items_in_batch if num_items_in_batch is not None else int((inputs["targets"] != IGNORED).sum())
+        count = num_items_in_batch if num_items_in_batch is not None else self.counted(inputs)
         loss = self.layout.summed_loss(model, inputs) / count
         # Gradients of processes are averaged afterwards, and the count is that of all of them.
         return loss * self.accelerator.num_processes

@@ -43,12 +43,9 @@ class OwnLossTrainer(SupervisedTrainer):
         loader = DataLoader(self.own_rows, batch_sampler=batches, collate_fn=_collate)  # type: ignore[arg-type]
         return processes.prepare_loader(loader, self.accelerator)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
-        """Count the rows of an optimizer step, over its accumulated batches and all processes."""
-        count = sum(batch["counted"] for batch in batch_samples)
-        if self.accelerator.num_processes > 1:
-            count = int(self.accelerator.reduce(torch.tensor(count, device=device), reduction="sum"))  # type: ignore[arg-type]
-        return count
+    def counted(self, batch: Any) -> int:
+        """Count the rows of a batch."""
+        return int(batch["counted"])
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Return the user's loss, weighted by the batch's share of the optimizer step's rows."""
