@@ -127,7 +127,7 @@ def require_libraries() -> None:
 def _run_beside(command: list[str], folder: str, meanwhile: Meanwhile | None) -> tuple[int, str]:
     """Run a process beside work of our own; return its exit code and what it said."""
     # To files: a pipe that nobody reads meanwhile would stop it.
-    with TemporaryFile("w+") as output, TemporaryFile("w+") as errors:
+    with TemporaryFile("w+", errors="replace") as output, TemporaryFile("w+", errors="replace") as errors:
         with subprocess.Popen(command, cwd=folder, stdout=output, stderr=errors) as process:
             try:
                 if meanwhile is not None:
