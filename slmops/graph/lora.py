@@ -14,6 +14,9 @@ share of the base's):
 - B as (outputs, rank), which Gemm reads in one pass: 0.78.
 - gate and up with pairs of their own behind the graph's Split, so that no zeros of a block-diagonal B are read: 0.79.
 
+Nothing is left to trim: of a trained adapter of rank 16 (SNIPS intents, all linears) it takes 16 directions to keep a layer's change
+within 3 %, and 14 within 10 %.
+
 Queries, keys and values stay one pair: their zeros cost less than the four operators that would avoid them.
 """
 
