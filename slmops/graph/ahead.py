@@ -121,11 +121,8 @@ def quantizing(model: Path, rule: Callable[[Linear], Scheme]) -> Iterator[Ahead]
 
 
 def _pieces(stored: StoredWeights, rule: Callable[[Linear], Scheme]) -> Iterator[_Piece]:
-    for name in stored:
-        shape = stored.shape(name)
-        if len(shape) != 2:
-            continue
-        outputs, inputs = shape
+    for name in stored.matrices():
+        outputs, inputs = stored.shape(name)
         try:
             scheme = rule(Linear(name.removesuffix(".weight"), inputs, outputs, None, None, ()))
         except InvalidInput:

@@ -183,7 +183,7 @@ class FloatData:
 def foreseen(stored: StoredWeights) -> Iterator[Matrix]:
     """Yield the matrices that the builder's float graph of a model will have, one behind the other in the data file."""
     offset = 0
-    for parameters in _stacks([name for name in stored if len(stored.shape(name)) == 2]):
+    for parameters in _stacks(stored.matrices()):
         outputs, inputs = sum(stored.shape(name)[0] for name in parameters), stored.shape(parameters[0])[1]
         looked_up = parameters == (f"{EMBEDDING}.weight",) and f"{HEAD}.weight" in list(stored)
         matrix = Matrix(parameters, not looked_up, outputs, inputs, offset)

@@ -74,6 +74,10 @@ class StoredWeights(Mapping[str, np.ndarray]):
         """Return the shape of a parameter; it is not read."""
         return self._stored[self._place(name)].shape
 
+    def matrices(self) -> list[str]:
+        """Return the names of the parameters that are float matrices."""
+        return [name for name, stored in self._stored.items() if len(stored.shape) == 2 and stored.dtype in _TYPES]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
 
@@ -122,6 +126,8 @@ def _read(stored: _Stored, first: int, count: int, out: np.ndarray | None = None
             room: Any = memoryview(out.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
             while room and (read := stream.readinto(room)):
                 room = room[read:]
+        if room:
+            raise BadArtifact(f"{stored.file} ends before its last tensor", "download or copy the model again")
     else:
         flat = out.reshape(-1)
         for at in range(0, count, _CHUNK):  # a small copy on the way, whose memory is used again
