@@ -1,9 +1,10 @@
 """What does a file or a folder hold? Told by hashes of its content, so that another one is known, wherever it lies.
 
 Every verb asks whether the model is still the one that it was, and to hash 6 GB takes 4 s. So the hash of a large file is kept per
-user with the file's stamp, which changes when anything writes to it: size, inode, and the times of the last change of its content
+user with the file's stamp, which changes when a program writes to it: size, inode, and the times of the last change of its content
 and of anything about it, the second of which no program can set. A file that changed within the last seconds is not kept: what is
-written to it next could leave the same times.
+written to it next could leave the same times. Who changes a file that it keeps mapped is not seen: what must be proven (`verify`) is
+hashed each time. Windows has no time that tells, and nothing is kept there.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ print(json.dumps({name: hashlib.file_digest(open(name, "rb"), "sha256").hexdiges
 """
 
 # Bytes of a file whose hash is worth keeping, and nanoseconds since its last change from which on it is.
-_LARGE, _SETTLED = 1 << 24, 2_000_000_000
+_LARGE, _SETTLED = 1 << 20, 2_000_000_000
 
 Stamp = list[int]
-"""Of a file: size, nanoseconds of the last change of its content and of anything, device, inode. With the same stamp it is the same."""
+"""Of a file: size, nanoseconds of the last change of its content and of anything, device, inode."""
 
 
 class FileRecord(BaseModel):
@@ -58,8 +59,8 @@ def sha256_file(path: Path) -> str:
 
 def kept_sha256(path: Path) -> str:
     """Return what `sha256_file` does, of a large file that did not change since the last time without reading it."""
-    seen, place = stamp(path), _memory(path)
-    if seen is None or seen[0] < _LARGE or place is None:
+    now, seen, place = time.time_ns(), stamp(path), _memory(path)
+    if seen is None or seen[0] < _LARGE or place is None or os.name == "nt":
         return sha256_file(path)
     try:
         kept = json.loads(place.read_text(encoding="utf-8"))
@@ -68,7 +69,7 @@ def kept_sha256(path: Path) -> str:
     except (OSError, ValueError, LookupError, TypeError):
         pass  # not there, or not ours: hashed, and kept anew
     found = sha256_file(path)
-    if stamp(path) == seen and time.time_ns() - max(seen[1:3]) > _SETTLED:
+    if stamp(path) == seen and now - max(seen[1:3]) > _SETTLED:
         with suppress(OSError):  # a device with a read-only home hashes each time
             place.parent.mkdir(parents=True, exist_ok=True)
             part = place.with_suffix(f".{os.getpid()}")

@@ -261,7 +261,7 @@ def test_hashes_that_were_not_found_beside_the_work_are_taken_after_it(tmp_path:
 def large(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Write a file whose hash is worth keeping, changed long enough ago; return what will be read of it."""
     monkeypatch.setattr(hashes, "_LARGE", 8)
-    monkeypatch.setattr(hashes, "_SETTLED", 0)
+    monkeypatch.setattr(hashes, "_SETTLED", -1)
     path.write_text("large enough")
     read: list[str] = []
     real = hashes.sha256_file

@@ -28,7 +28,7 @@ import numpy as np
 from slmops import environment, hashes, progress
 from slmops.errors import RunFailed, raise_if_killed
 from slmops.graph.ahead import quantizing
-from slmops.graph.float_data import FloatData
+from slmops.graph.float_data import FloatData, turn
 from slmops.graph.linears import Linear, Model, load_graph
 from slmops.graph.recipes import Recipe
 from slmops.graph.rewriting import look_up_in_head, quantize_graph
@@ -94,7 +94,8 @@ def build_for_cpu(
 ) -> tuple[Model, hashes.Known]:
     """Return the graph of a model for onnxruntime's CPU provider, by a recipe: most of the work is done while the builder works.
 
-    Quantized matrices are in memory afterwards, float ones in the data file, whose hash is returned too.
+    Quantized matrices are in memory afterwards; float ones are in the data file, whose hash is returned too, unless the graph is not
+    the one that was foreseen.
 
     Args and Raises: see `build`. `out` must stay while the graph is used.
         data: where `slmops.graph.rewriting.save_twins` will look for the data file.
@@ -202,7 +203,9 @@ def _lazy(place: Any, stored: StoredWeights, parameters: list[str], *, transpose
     def read() -> Any:
         matrix = stored[parameters[0]] if len(parameters) == 1 else np.concatenate([stored[name] for name in parameters])
         matrix = matrix.astype(place.dtype.numpy(), copy=False)
-        return onnx_ir.Tensor(matrix.T if transposed else matrix, dtype=place.dtype, name=place.name)
+        if transposed:
+            matrix = turn(matrix, np.empty(matrix.shape[::-1], matrix.dtype))
+        return onnx_ir.Tensor(matrix, dtype=place.dtype, name=place.name)
 
     return onnx_ir.LazyTensor(read, dtype=place.dtype, shape=place.shape, name=place.name)
 

@@ -94,7 +94,8 @@ class _Flattening:
         if node.op_type == "Transpose":
             source = node.inputs[0].producer()
             return source is not None and source.op_type == "Gather" and self.ids in source.inputs
-        return node.op_type in _EMBEDDINGS and self.ids in node.inputs
+        columns = node.op_type == "Gather" and "axis" in node.attributes and node.attributes["axis"].as_int() == 1
+        return node.op_type in _EMBEDDINGS and self.ids in node.inputs and not columns
 
     def _origin(self, value: Value) -> Value:
         return self.twins.get(value, value)

@@ -1,8 +1,8 @@
 """How are the matrices of a float graph written? From the model's files into the graph's data file, while the builder works.
 
 Which matrices the builder will ask for is foreseen by their names: it stacks q, k and v, and gate and up, turns each matrix to
-(inputs, outputs), and a tied embedding is the head's. What it asked for is seen afterwards; where that is something else, the file
-is dropped and written as any other graph's (`slmops.graph.rewriting.save_twins`).
+(inputs, outputs), and a tied embedding is the head's. What it asked for is seen afterwards; where that is something else (a model's
+files that hold more than its graph), the file is dropped and written as any other graph's (`slmops.graph.rewriting.save_twins`).
 
 Most of the time goes to the system, which finds memory to keep the file in: so pieces are large, since it takes one write to a file
 at a time, and their own memory is used again.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,9 +122,13 @@ class FloatData:
         threads = min(environment.usable_cores(), _MOST_THREADS)
         with progress.task("write the weights", total=len(rest)) as task, ThreadPoolExecutor(threads) as pool:
             done = pool.map(lambda piece: self._write(*piece), rest)
-            for (matrix, _, stop), _ in zip(rest, done, strict=True):
-                self._hash(matrix.offset + matrix.length if stop == matrix.outputs else matrix.offset)
-                task.advance()
+            try:
+                for (matrix, _, stop), _ in zip(rest, done, strict=True):
+                    self._hash(matrix.offset + matrix.length if stop == matrix.outputs else matrix.offset)
+                    task.advance()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _append(self, values: Iterable[Any]) -> None:
         """Write tensors that are no matrices of the model to the end; the small ones stay inside the graph's file."""
@@ -145,6 +149,8 @@ class FloatData:
         while self._hashed < end:
             self._room.stream.seek(self._hashed)
             part = self._room.stream.read(min(_HASHED_BYTES, end - self._hashed))
+            if not part:
+                raise OSError(f"{self.file} was cut while it was written")
             self._sha256.update(part)
             self._hashed += len(part)
 
@@ -154,7 +160,7 @@ class FloatData:
         if not matrix.transposed:
             self._put(rows, matrix.offset + _ITEM * start * matrix.inputs)
             return
-        turned = _turn(rows, self._room.array(1, (rows.shape[1], len(rows))))
+        turned = turn(rows, self._room.array(1, (rows.shape[1], len(rows))))
         if len(rows) == matrix.outputs:
             self._put(turned, matrix.offset)
             return
@@ -183,7 +189,7 @@ class FloatData:
 def foreseen(stored: StoredWeights) -> Iterator[Matrix]:
     """Yield the matrices that the builder's float graph of a model will have, one behind the other in the data file."""
     offset = 0
-    for parameters in _stacks(stored.matrices()):
+    for parameters in _stacks(stored):
         outputs, inputs = sum(stored.shape(name)[0] for name in parameters), stored.shape(parameters[0])[1]
         looked_up = parameters == (f"{EMBEDDING}.weight",) and f"{HEAD}.weight" in list(stored)
         matrix = Matrix(parameters, not looked_up, outputs, inputs, offset)
@@ -191,16 +197,17 @@ def foreseen(stored: StoredWeights) -> Iterator[Matrix]:
         yield matrix
 
 
-def _stacks(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Yield names that are stacked together, in the order of the first of each."""
-    known, done = set(names), set[str]()
+def _stacks(stored: StoredWeights) -> Iterator[tuple[str, ...]]:
+    """Yield matrices that are stacked together, by name, in the order of the first of each."""
+    names, done = stored.matrices(), set[str]()
+    known = set(names)
     for name in names:
         if name in done:
             continue
         stem, _, kind = name.removesuffix(".weight").rpartition(".")
         stack = next((kinds for kinds in FUSED.values() if kind in kinds), (kind,))
         together = tuple(f"{stem}.{other}.weight" for other in stack)
-        found = together if known.issuperset(together) else (name,)
+        found = together if known.issuperset(together) and len({stored.shape(other)[1] for other in together}) == 1 else (name,)
         done |= set(found)
         yield found
 
@@ -211,8 +218,8 @@ def _pieces(matrix: Matrix) -> Iterator[tuple[Matrix, int, int]]:
         yield matrix, start, min(start + step, matrix.outputs)
 
 
-def _turn(rows: np.ndarray, turned: np.ndarray) -> np.ndarray:
-    """Write the transpose into `turned`, square by square: 3 times as fast as in one piece."""
+def turn(rows: np.ndarray, turned: np.ndarray) -> np.ndarray:
+    """Write the transpose of a matrix into `turned`, square by square: 3 times as fast as in one piece."""
     for row in range(0, len(rows), _TURNED):
         for at in range(0, rows.shape[1], _TURNED):
             turned[at : at + _TURNED, row : row + _TURNED] = rows[row : row + _TURNED, at : at + _TURNED].T

@@ -76,7 +76,7 @@ class StoredWeights(Mapping[str, np.ndarray]):
 
     def matrices(self) -> list[str]:
         """Return the names of the parameters that are float matrices."""
-        return [name for name, stored in self._stored.items() if len(stored.shape) == 2 and stored.dtype in _TYPES]
+        return [name for name, stored in self._stored.items() if len(stored.shape) == 2 and all(stored.shape) and stored.dtype in _TYPES]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -131,5 +131,8 @@ def _read(stored: _Stored, first: int, count: int, out: np.ndarray | None = None
     else:
         flat = out.reshape(-1)
         for at in range(0, count, _CHUNK):  # a small copy on the way, whose memory is used again
-            flat[at : at + _CHUNK] = np.fromfile(stored.file, dtype, min(_CHUNK, count - at), offset=offset + at * dtype.itemsize)
+            part = np.fromfile(stored.file, dtype, min(_CHUNK, count - at), offset=offset + at * dtype.itemsize)
+            if len(part) < min(_CHUNK, count - at):
+                raise BadArtifact(f"{stored.file} ends before its last tensor", "download or copy the model again")
+            flat[at : at + _CHUNK] = part
     return out

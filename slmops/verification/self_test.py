@@ -106,7 +106,7 @@ def check_self_test(folder: Path, found: Artifact | None, adapters: Sequence[str
     """
     if found is None or not (folder / FILE).is_file():
         return Stage("self_test", "skipped", "the package carries no self-test")
-    package = Package(folder, threads=threads, prepacking=_pays_to_pack(found.manifest.facts))
+    package = Package(folder, threads=threads)
     names: list[str | None] = list(adapters) if adapters is not None else [None, *package.adapters]
     figures: dict[str, Any] = {}
     failures = []
@@ -137,7 +137,7 @@ def _pays_to_pack(facts: Mapping[str, Any]) -> bool:
     """Return whether onnxruntime should lay the weights out for its kernels before a few tokens are computed.
 
     Of float32 weights that is a copy of most of them (0.5B: 7 s of loading, and 1 s without), and the products are the same, to
-    6e-6 of a logit. Quantized ones have no other fast kernel.
+    6e-6 of a logit. Quantized ones have no other fast kernel. Who checks a self-test loads the package as whoever uses it does.
     """
     return facts.get("precision") != "fp32"
 
