@@ -435,8 +435,8 @@ def test_a_loss_that_is_no_number_is_a_failure(model: Path, rows: list, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora_cpu.json", "qlora_cpu.json"])
-def test_shipped_workflow_runs(model: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "out"), [("lora_cpu.json", "adapter_out"), ("qlora_cpu.json", "qlora_adapter_out")])
+def test_shipped_workflow_runs(model: Path, tmp_path: Path, name: str, out: str) -> None:
     """As olive_configs/README.md says: a folder with olive_configs, model and rows.jsonl, and one command."""
     (tmp_path / "olive_configs").symlink_to(ROOT / "olive_configs")
     (tmp_path / "model").symlink_to(model)
@@ -447,7 +447,7 @@ def test_shipped_workflow_runs(model: Path, tmp_path: Path, name: str) -> None:
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-2000:]
     assert f"{len(ROWS) * 4} rows, " in output
-    adapter = tmp_path / "adapter_out" / "adapter"
+    adapter = tmp_path / out / "adapter"
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in adapter.iterdir()}
     assert loss_of_adapter(model, adapter, token_rows(model)) < loss_of_base(model, token_rows(model)) - 0.01
 

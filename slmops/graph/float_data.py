@@ -108,7 +108,8 @@ class FloatData:
         self._append(value for value in graph.graph.initializers.values() if id(value) not in given)
         self._hash(self._end)
         seen = hashes.stamp(self.file)
-        assert seen is not None
+        if seen is None:
+            raise OSError(f"{self.file} was removed while it was written")
         return {self.file.name: (seen, hashes.FileRecord(bytes=seen[0], sha256=self._sha256.hexdigest()))}
 
     def close(self) -> None:
