@@ -3,7 +3,7 @@
 Every run is a process of its own (its peak memory is its own too); sides alternate, and the first round is not counted.
 
     python benchmarks/training.py MODEL rows.jsonl --prompt-template '{text}\\nIntent:' --completion-template ' {intent}' --rows 2000
-    python benchmarks/training.py MODEL rows.jsonl ... --ladder          # our step, built up part by part
+    python benchmarks/training.py MODEL rows.jsonl ... --ladder          # our step, built up part by part, int8 last
     python benchmarks/training.py MODEL rows.jsonl ... --olive           # beside `olive finetune` too
     python benchmarks/training.py MODEL rows.jsonl ... --without trl
 
@@ -31,6 +31,7 @@ LADDER = {
     "shared": "+ what all rows of a batch begin with computed once",
     "block": "+ attention layers as one block",
     "slmops": "+ bf16 where the processor multiplies it (what `slmops finetune` does)",
+    "int8": "+ frozen products in int8 (`--precision int8`)",
 }
 
 
@@ -39,7 +40,11 @@ def main() -> None:
     if options.worker:
         print("RESULT " + json.dumps({"trl": _trl, "olive": _olive}.get(options.worker, _ours)(options)))
         return
-    names = [*(LADDER if options.ladder else ("slmops",)), *(("olive",) if options.olive else ()), *(() if options.without else ("trl",))]
+    names = [
+        *(LADDER if options.ladder else ("slmops", "int8")),
+        *(("olive",) if options.olive else ()),
+        *(() if options.without else ("trl",)),
+    ]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(options.rounds + 1):
         for name in names if number % 2 else reversed(names):
@@ -102,7 +107,7 @@ def _ours(options: argparse.Namespace) -> dict[str, float]:
             lora_rank=16,
             batch_size=8,
             threads=options.threads,
-            precision="auto" if name == "slmops" else "fp32",
+            precision={"slmops": "auto", "int8": "int8"}.get(name, "fp32"),
         )
         facts: dict[str, Any] = made.manifest.facts
     return {"loop_s": round(facts["loop_seconds"], 2), "peak_mb": round(facts["peak_memory_bytes"] / 1e6)}

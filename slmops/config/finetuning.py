@@ -145,8 +145,10 @@ class OptimizerSettings(Settings):
 class RunSettings(Settings):
     """How the run behaves."""
 
-    precision: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "arithmetic of the frozen base (auto: bf16 where the processor or GPU multiplies it, but fp32 for --quantized-base)"
+    precision: Literal["auto", "fp32", "bf16", "int8"] = setting(
+        "auto",
+        "arithmetic of the frozen base (auto: bf16 where the processor or GPU multiplies it, but fp32 for --quantized-base; "
+        "int8: sooner on processors with VNNI, layer by layer where a trial on the first rows comes close)",
     )
     activation_checkpoints: Literal["auto", "on", "off"] = setting(
         "auto", "compute activations twice in place of holding them: a third more time for less memory (auto: where it fits only so)"

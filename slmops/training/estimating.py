@@ -20,6 +20,7 @@ from slmops.data import Corpus
 from slmops.errors import RunFailed
 from slmops.training import methods
 from slmops.training.batches import IGNORED, Batches
+from slmops.training.precision import held_in
 
 # Adam (arXiv 1412.6980) keeps two moments of each weight in fp32, beside its gradient.
 _OPTIMIZER_BYTES = 12
@@ -141,7 +142,7 @@ def estimate(
         train: rows to learn.
         validation: rows of validation, measured in each of the run's evaluations.
         settings: of the run.
-        precision: of the frozen weights, "fp32" or "bf16".
+        precision: of the frozen weights' products, "fp32", "bf16" or "int8".
         steps: optimizer steps of the run.
         processes: that share each batch; the estimate is of one of them.
         recomputes: activations are computed anew on the way back.
@@ -152,7 +153,7 @@ def estimate(
     torch = environment.require("torch", "to train")
     method, by_hand = settings.method.method, settings.method.method in _BY_HAND
     sizes, on_gpu = read_sizes(base, settings), torch.cuda.is_available()
-    wide = 2 if precision == "bf16" else 4
+    wide = 2 if held_in(precision) == "bf16" else 4
     load = measure_load(
         [len(sequence.ids) for sequence in train.sequences],
         [sum(label != IGNORED for label in sequence.labels[1:]) for sequence in train.sequences],
@@ -173,7 +174,9 @@ def estimate(
     process = 0 if on_gpu else _resident_bytes() + _REST_BYTES
     return Estimate(
         process_bytes=process,
-        weights_bytes=held + (stored if method == "qlora" and not on_gpu else stacked),  # its embedding keeps the file mapped
+        weights_bytes=held
+        + (2 * sizes.linear if precision == "int8" else 0)
+        + (stored if method == "qlora" and not on_gpu else stacked),  # its embedding keeps the file mapped
         trained_bytes=sizes.trained * (_OPTIMIZER_BYTES + (4 + 2 * wide if by_hand else 0 if method == "full" else 4)),
         activations_bytes=(_checkpoint_bytes(sizes, load, activations) if recomputes else activations)
         + matrices
@@ -315,12 +318,15 @@ def _resident_bytes() -> int:
 
 def _seconds(sizes: Sizes, load: Load, settings: FinetuneSettings, precision: str, steps: int, held: int, *, by_hand: bool) -> float:
     """Time the products of a step, and what lies between them."""
+    from slmops.training.step.products import Int8Matrix
+
     torch = environment.require("torch", "to train")
-    dtype, device = (torch.bfloat16 if precision == "bf16" else torch.float32), ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, device = (torch.bfloat16 if held_in(precision) == "bf16" else torch.float32), ("cuda" if torch.cuda.is_available() else "cpu")
     tokens = max(16, round(load.mean_tokens))
     x, weight = (torch.ones(n, sizes.width, dtype=dtype, device=device) for n in (tokens, sizes.inner))
     narrow = torch.ones(16, sizes.width, dtype=dtype, device=device)
-    speed = 2 * x.numel() * sizes.inner / _timed(lambda: x @ weight.t())
+    multiply = Int8Matrix(weight).times if precision == "int8" else lambda x: x @ weight.t()
+    speed = 2 * x.numel() * sizes.inner / _timed(lambda: multiply(x))
     small = _timed(lambda: x @ narrow.t())
     block = torch.ones(2_000_000, device=device)
     bandwidth = 2 * block.numel() * block.element_size() / _timed(lambda: block * 2.0)

@@ -22,6 +22,7 @@ from slmops.training import checkpoints, effects, engines, forgetting, launching
 from slmops.training.engines import Run
 from slmops.training.objectives import Material, Task
 from slmops.training.overfitting import find_turn
+from slmops.training.precision import check_int8
 from slmops.training.processes import Team
 from slmops.training.tracking import require_trackers
 
@@ -103,6 +104,12 @@ def check_run(settings: FinetuneSettings) -> None:
     own_step = settings.objective.objective in ("sft", "pretrain", "multitask") and settings.objective.loss is None
     if run.activation_checkpoints == "on" and not own_step:
         raise InvalidInput("activation_checkpoints: objectives dpo and reward and a loss of your own hold activations", "leave it out")
+    if run.precision == "int8":
+        if not own_step:
+            raise InvalidInput("precision int8: objectives dpo and reward and a loss of your own have another step", "leave it out")
+        if processes.sharded():
+            raise InvalidInput("precision int8: with FSDP or DeepSpeed no process has whole matrices", "leave it out")
+        check_int8(settings.method.method, exact_base=settings.method.quantized_base is not None)
     checks = (("processes", run.processes > 1), ("activation_checkpoints", run.activation_checkpoints == "on"))
     lacking = [name for name, value in (*given.items(), *checks) if value]
     if engine == "olive" and lacking:

@@ -22,7 +22,8 @@ from slmops.errors import RunFailed
 from slmops.training import processes
 from slmops.training.batches import IGNORED, Batches
 from slmops.training.resuming import ResumableTrainer
-from slmops.training.step import Layout, Padded
+from slmops.training.step import Layout, Padded, prepare_step
+from slmops.training.step.products import Int8
 
 Row = tuple[list[int], list[int]]
 
@@ -151,6 +152,25 @@ class SupervisedTrainer(ResumableTrainer):
         own = rows[index::count]
         loss = validation_loss(model, own, batch_size, self.layout) if own else 0.0
         return processes.mean_over(self.accelerator, loss, sum(label != IGNORED for _, labels in own for label in labels[1:]))
+
+
+def layout_of(model: nn.Module, rows: list[Row], *, int8: bool = False) -> Layout:
+    """Return how rows reach a model, which is made fast where every process has all weights; say what could not be.
+
+    Args:
+        model: see `slmops.training.step.prepare_step`.
+        rows: of the training data.
+        int8: see there.
+    """
+    if processes.sharded():
+        return Padded(model)
+    step = prepare_step(model, rows, int8=int8)
+    if step.reason is not None:
+        progress.say(f"rows are padded, not joined: {step.reason}")
+    if int8:
+        close = sum(isinstance(layer.products, Int8) for layer in step.patched.layers)
+        progress.say(f"{close} of {len(step.patched.layers)} groups of layers multiply in int8")
+    return step.layout
 
 
 def spare_traversals(model: Any, trained: list[nn.Parameter]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slmops import environment, progress
 from slmops.config import FinetuneSettings, flat
@@ -15,11 +15,9 @@ from slmops.training import checkpoints, methods, processes
 from slmops.training.engines.outcome import Run, last_train_loss, pairs_of
 from slmops.training.engines.plan import foretell, precision_of, training_arguments
 from slmops.training.objectives.material import AS_SFT, Course, Setup
+from slmops.training.precision import held_in
 from slmops.training.processes import Team
 from slmops.training.tracking import trackers
-
-if TYPE_CHECKING:
-    from slmops.training.trainer import Row
 
 
 def train_with_peft(
@@ -67,7 +65,7 @@ def train_with_peft(
     def keep(adapted: Any) -> None:
         _keep(trainer, adapted, best, team)
 
-    trainer = _trainer(Setup(course, train, validation, model, arguments, keep), settings, team)
+    trainer = _trainer(Setup(course, train, validation, model, arguments, keep, settings.run.precision == "int8"), settings, team)
     processes.check_together(team, trainer.accelerator)
     checkpoint = checkpoints.latest(folder / checkpoints.FOLDER) if settings.run.resume else None
     done = trainer.begin_with(checkpoint, best)
@@ -102,7 +100,7 @@ def train_with_peft(
 def _adapted(base: Path, settings: FinetuneSettings, package: QuantizedBase | None, *, recomputes: bool) -> tuple[Any, int]:
     """Return the base with the method's trainable weights, and the number of its own parameters."""
     quantized = settings.method.method == "qlora"
-    model: Any = methods.load_base(base, quantized=quantized, precision=precision_of(settings, package), package=package)
+    model: Any = methods.load_base(base, quantized=quantized, precision=held_in(precision_of(settings, package)), package=package)
     parameters = sum(p.numel() for p in model.parameters())
     if recomputes:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -125,23 +123,11 @@ def _trainer(setup: Setup, settings: FinetuneSettings, team: Team) -> Any:
 
 
 def _own_trainer(setup: Setup, settings: FinetuneSettings) -> Any:
-    from slmops.training.trainer import SupervisedTrainer
+    from slmops.training.trainer import SupervisedTrainer, layout_of
 
     rows, held_out = pairs_of(setup.train), pairs_of(setup.validation)
-    layout = _layout(setup.model, rows)
+    layout = layout_of(setup.model, rows, int8=setup.int8)
     return SupervisedTrainer(setup.model, setup.arguments, rows, held_out, settings.run.seed, layout, setup.keep, order=setup.course.order)
-
-
-def _layout(model: Any, rows: list[Row]) -> Any:
-    """Return how rows reach the model, made fast where every process has all weights."""
-    from slmops.training.step import Padded, prepare_step
-
-    if processes.sharded():
-        return Padded(model)
-    step = prepare_step(model, rows)
-    if step.reason is not None:
-        progress.say(f"rows are padded, not joined: {step.reason}")
-    return step.layout
 
 
 def _keep(trainer: Any, model: Any, best: Path, team: Team) -> None:

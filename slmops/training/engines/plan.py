@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def precision_of(settings: FinetuneSettings, package: QuantizedBase | None) -> str:
-    """Return the precision of the frozen weights, "fp32" or "bf16"."""
+    """Return the precision of the frozen weights' products, "fp32", "bf16" or "int8"."""
     trains_base = methods.method_of(settings.method).trains_base
     return choose_precision(settings.run.precision, settings.method.method, exact_base=package is not None, trains_base=trains_base)
 

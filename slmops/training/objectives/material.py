@@ -55,6 +55,8 @@ class Setup:
     """transformers' TrainingArguments."""
     keep: Callable[[Any], None]
     """Keeps the adapter of a model as the best so far."""
+    int8: bool = False
+    """Products with frozen matrices are in int8, where that comes close."""
 
 
 @dataclass(frozen=True)

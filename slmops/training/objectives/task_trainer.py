@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from slmops import progress
 from slmops.data import Corpus
 from slmops.training.objectives.material import Setup
-from slmops.training.step import prepare_step
-from slmops.training.trainer import SupervisedTrainer
+from slmops.training.trainer import SupervisedTrainer, layout_of
 
 
 class TaskTrainer(SupervisedTrainer):
@@ -25,16 +23,13 @@ class TaskTrainer(SupervisedTrainer):
 
     def __init__(self, setup: Setup, held_out: Mapping[str, Corpus], seed: int) -> None:
         rows = rows_of(setup.train)
-        step = prepare_step(setup.model, rows)
-        if step.reason is not None:
-            progress.say(f"rows are padded, not joined: {step.reason}")
         super().__init__(
             setup.model,
             setup.arguments,
             rows,
             rows_of(setup.validation),
             seed,
-            step.layout,
+            layout_of(setup.model, rows, int8=setup.int8),
             setup.keep,
             order=setup.course.order,
         )

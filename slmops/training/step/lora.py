@@ -6,7 +6,8 @@ products forward, h = x A' among them, and five backward: dB = s dy' h, dh = s d
 is a factor of products that are there anyway.
 Layers that read the same x (queries, keys and values; gate and up) are one product on their stacked weights.
 
-The products are in the frozen weights' precision, fp32 or bf16; A, B and the sum of their gradients are in fp32.
+The products are in the frozen weights' precision, fp32 or bf16, those with W in int8 where that was asked for
+(`slmops.training.step.products`); A, B and the sum of their gradients are in fp32.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from slmops.training.step.pairs import Adapted
 
 def forward(layer: Adapted, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return y (tokens, outputs) and h = x A' (tokens, ranks) of x (tokens, inputs)."""
-    y = functional.linear(x, layer.weight, layer.bias)
+    y = layer.products.forward(x)
     if layer.down_turned is None:
         return y, None
     h = x.mm(layer.down_turned)
@@ -33,7 +34,7 @@ def forward(layer: Adapted, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 def backward(layer: Adapted, x: torch.Tensor, h: torch.Tensor | None, dy: torch.Tensor, *, needs_x: bool) -> torch.Tensor | None:
     """Add the pairs' gradients to their store's, and return that of x where it needs one."""
-    dx = dy @ layer.weight if needs_x else None
+    dx = layer.products.backward(dy) if needs_x else None
     if h is None or layer.down is None or layer.down_gradient is None:
         return dx
     for pair in layer.pairs:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from slmops.training.step.products import Plain, Products
+
 # One product with zeros in it is faster than several small ones up to this size of B: 86 us in place of 108 for q, k and v of a layer
 # 576 wide, 39 in place of 86 if 192 wide, but 167 in place of 141 for a gate and up of 3,072 outputs.
 _LARGEST_BLOCK = 2**16
@@ -74,6 +76,10 @@ class Adapted:
     blocks: list[Block] = field(default_factory=list)
     """B of all pairs: one for the layer, or one for each pair."""
     store: PairStore | None = None
+    products: Products = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.products = Plain(self.weight, self.bias)
 
 
 class PairStore:

@@ -32,6 +32,8 @@ class Patched:
 
     store: PairStore | None = None
     """All LoRA pairs that are; None where there is none."""
+    layers: list[Adapted] = field(default_factory=list)
+    """All that are computed by hand."""
     attentions: list[tuple[nn.Module, Adapted, Adapted]] = field(default_factory=list)
     """Attention layers whose projections could be one block with their attention: the layer, q, k and v, and the output."""
     focus: Focus = field(default_factory=Focus)
@@ -69,9 +71,9 @@ def speed_up(model: nn.Module) -> Patched:
                 patched.left.append(name)
             else:
                 read.append((module, (), "", layer, None))
-    layers = [layer for _, _, _, *both in read for layer in both if layer is not None]
-    if any(layer.pairs for layer in layers):
-        patched.store = PairStore(layers)
+    patched.layers = [layer for _, _, _, *both in read for layer in both if layer is not None]
+    if any(layer.pairs for layer in patched.layers):
+        patched.store = PairStore(patched.layers)
         patched.store.begin()
     for module, names, last, first, second in read:
         _replace(patched, module, names, last, first, second)

@@ -18,12 +18,14 @@ from slmops.training.batches import IGNORED
 from slmops.training.step import attention, patching
 from slmops.training.step.layouts import Joined, Layout, Padded, Row
 from slmops.training.step.pairs import PairStore
+from slmops.training.step.products import BOUND, Plain, Tried
 from slmops.training.step.rows import KEY, Rows
 
 # Largest distance of a token's hidden state, relative to its length: rounding gives 1e-5 (fp32) and 0.03 (bf16), a token
 # of another row that is seen 0.3 and more.
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 _ROWS, _TOKENS = 3, 64
+_BATCH = 8
 # oneDNN, which multiplies in bf16, makes a kernel for each new shape of some 25 products, and keeps it: 2.6 ms and 0.8 MB each. So the
 # numbers of tokens are rounded up, further where a token costs little. In fp32 MKL makes none.
 _MULTIPLE, _MULTIPLE_OF_SMALL, _SMALL_PARAMETERS = 16, 64, 30_000_000
@@ -39,7 +41,7 @@ class Step:
     """Why rows are padded; None where they are joined."""
 
 
-def prepare_step(model: nn.Module, rows: Sequence[Row]) -> Step:
+def prepare_step(model: nn.Module, rows: Sequence[Row], *, int8: bool = False) -> Step:
     """Make a model's training step fast, in place, as far as it stays the same computation.
 
     The LoRA pairs that it finds become one parameter of the model, `slmops_pairs`, which is trained in their place.
@@ -47,6 +49,7 @@ def prepare_step(model: nn.Module, rows: Sequence[Row]) -> Step:
     Args:
         model: a model of transformers, wrapped by PEFT or not, on its device.
         rows: of the training data: the first of them are the trial.
+        int8: products with frozen matrices are in int8, where that is close (`slmops.training.step.products`).
     """
     causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     trial = [list(ids)[:_TOKENS] for ids, _ in rows[:_ROWS]]
@@ -61,8 +64,24 @@ def prepare_step(model: nn.Module, rows: Sequence[Row]) -> Step:
         causal.get_input_embeddings().register_forward_pre_hook(_beginning(patched.store))
     if reason is None:
         reason, layout = _try_joined(causal, patched, trial, expected, layout)
+    if int8:
+        _multiply_in_int8(model, patched, layout, rows)
     model.train(was_training)
     return Step(layout, patched, reason)
+
+
+def _multiply_in_int8(model: Any, patched: patching.Patched, layout: Layout, rows: Sequence[Row]) -> None:
+    """Let layers multiply in int8 whose products, there and back, are close to their own on the first rows."""
+    for layer in patched.layers:
+        layer.products = Tried(layer.weight, layer.bias)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    layout.summed_loss(model, layout.collate(rows[:_BATCH])).backward()
+    for parameter in trained:
+        parameter.grad = None
+    for layer in patched.layers:
+        tried = layer.products
+        assert isinstance(tried, Tried)
+        layer.products = tried.int8 if tried.error is not None and tried.error <= BOUND else Plain(layer.weight, layer.bias)
 
 
 def _beginning(store: PairStore) -> Any:

@@ -1,0 +1,214 @@
+"""Frozen matrices multiplied in int8: how near a product is, which layers keep their own, and where it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import TEMPLATES, make_model, write_rows
+
+import slmops
+from slmops.errors import InvalidInput, Unavailable
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+from test_training_step import adapted, base_of, fast, pairs, plain  # noqa: E402
+
+from slmops.training import precision  # noqa: E402
+from slmops.training.step import prepare_step  # noqa: E402
+from slmops.training.step.products import BOUND, Int8, Int8Matrix, Plain, Tried, quantized  # noqa: E402
+
+has_vnni = pytest.mark.skipif(not precision._multiplies_bytes(), reason="this processor does not multiply bytes (VNNI)")
+TYPES = [torch.float32, torch.bfloat16]
+
+
+def off(found: Any, right: Any) -> float:
+    return float((found.float() - right.float()).norm() / right.float().norm())
+
+
+# A product -----------------------------------------------------------------------------------------------------------
+
+
+@has_vnni
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_is_near_whatever_a_tokens_size(dtype: Any, transposed: bool) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(96, 160, dtype=dtype)
+    matrix = matrix.t() if transposed else matrix
+    x = torch.randn(7, matrix.shape[1], dtype=dtype) * torch.logspace(-12, 12, 7)[:, None].to(dtype)
+    found, right = Int8Matrix(matrix).times(x), x.float() @ matrix.float().t()
+    assert found.dtype == dtype
+    for token in range(len(x)):
+        assert off(found[token], right[token]) < 0.025
+
+
+@has_vnni
+@pytest.mark.parametrize("dtype", TYPES)
+def test_tokens_of_zeros_stay_zeros_and_what_is_no_number_stays_none(dtype: Any) -> None:
+    x = torch.ones(4, 64, dtype=dtype)
+    x[0], x[1, 3], x[2, 5] = 0, float("nan"), float("inf")
+    y = Int8Matrix(torch.ones(16, 64, dtype=dtype)).times(x)
+    assert (y[0] == 0).all()
+    assert y[1].isnan().all()
+    assert not y[2].isfinite().any()
+    assert torch.allclose(y[3].float(), torch.full((16,), 64.0), rtol=0.01)
+
+
+@has_vnni
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_sums_of_the_largest_codes_do_not_overflow(sign: float) -> None:
+    matrix, x = torch.ones(16, 8192), torch.full((3, 8192), sign)
+    assert torch.allclose(Int8Matrix(matrix).times(x), x @ matrix.t(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_codes_are_the_nearest_and_leave_what_they_are_made_of(dtype: Any) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(33, 257, dtype=dtype) * 3
+    before = x.clone()
+    codes, scales = quantized(x)
+    assert torch.equal(x, before)
+    assert (codes.min() >= 1, codes.max() <= 255, scales.dtype) == (True, True, dtype)
+    again = (codes.float() - 128) * scales.float()
+    assert ((again - x.float()).abs() <= scales.float() * 0.501).all()
+
+
+# A model -------------------------------------------------------------------------------------------------------------
+
+
+@has_vnni
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma3Text", "Olmo2"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_loss_and_gradients_are_near(family: str, dtype: Any) -> None:
+    rows = pairs()
+    expected = plain(adapted(base_of(family)), rows)
+    model = adapted(base_of(family).to(dtype))
+    step = prepare_step(model, rows, int8=True)
+    assert step.reason is None
+    assert all(isinstance(layer.products, Int8) for layer in step.patched.layers)
+    ours = fast(model, step, [rows])
+    assert ours[0] == pytest.approx(expected[0], rel=0.01)
+    assert set(ours[1]) == set(expected[1])
+    for name, gradient in expected[1].items():
+        assert off(ours[1][name], gradient) < 0.2, name
+
+
+@has_vnni
+def test_the_trial_leaves_nothing_behind() -> None:
+    model, rows = adapted(base_of("Llama")), pairs()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    step = prepare_step(model, rows, int8=True)
+    assert all(weight.grad is None for weight in model.parameters())
+    assert not step.patched.store.gradient.any()
+    assert not any(isinstance(layer.products, Tried) for layer in step.patched.layers)
+    assert model.training
+    for name, weight in model.named_parameters():
+        if name in before:
+            assert torch.equal(weight, before[name]), name
+
+
+@has_vnni
+def test_a_layer_that_is_off_too_far_keeps_its_own() -> None:
+    """One channel, which the layer does not look at, is 300 times the others: it leaves them no codes."""
+    model, rows = base_of("Llama"), pairs()
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[5] = 300
+        model.model.layers[1].mlp.gate_proj.weight[:, 5] = 0
+        model.model.layers[1].mlp.up_proj.weight[:, 5] = 0
+    model = adapted(model)
+    expected = plain(model, rows)
+    step = prepare_step(model, rows, int8=True)
+    mlp = model.get_base_model().model.layers[1].mlp
+    kept = [layer for layer in step.patched.layers if isinstance(layer.products, Plain)]
+    assert any(layer.weight.data_ptr() == mlp.gate_proj.base_layer.weight.data_ptr() for layer in kept)
+    assert 1 <= len(kept) < len(step.patched.layers)
+    ours = fast(model, step, [rows])
+    assert ours[0] == pytest.approx(expected[0], rel=0.02)
+
+
+@has_vnni
+def test_what_is_the_same_for_all_tokens_does_not_hide_an_error() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(50, 64), torch.randn(96, 64)
+    plain, hidden = Tried(weight, None), Tried(weight, None)
+    assert plain.error is None
+    plain.forward(x)
+    x[:, 5] += 300
+    hidden.forward(x)
+    assert plain.error is not None
+    assert hidden.error is not None
+    assert plain.error < BOUND < 0.5 < hidden.error
+
+
+# A run ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("int8") / "base")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("int8") / "rows.jsonl")
+
+
+def finetune(base: Path, rows: Path, out: Path, **settings: Any) -> slmops.artifact.Artifact:
+    given = {**TEMPLATES, "validation_share": 0, "max_steps": 8, "batch_size": 4, "precision": "int8", "learning_rate": 3e-3}
+    return slmops.finetune(base, rows, out=out, **(given | settings))
+
+
+@has_vnni
+def test_a_run_learns_what_one_in_fp32_learns_and_the_same_twice(base: Path, rows: Path, tmp_path: Path) -> None:
+    ours = [finetune(base, rows, tmp_path / name) for name in ("one", "two")]
+    wide = finetune(base, rows, tmp_path / "fp32", precision="fp32")
+    assert (ours[0].path / "adapter_model.safetensors").read_bytes() == (ours[1].path / "adapter_model.safetensors").read_bytes()
+    losses = [made.manifest.metrics["train_loss"]["value"] for made in (ours[0], wide)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "dora"}, "method dora computes its layers by itself"),
+        ({"method": "qlora"}, "method qlora computes its layers by itself"),
+        ({"method": "full"}, "method full computes its layers by itself"),
+        ({"loss": "my_loss.py:Loss"}, "a loss of your own have another step"),
+        ({"engine": "olive"}, "Olive's pass has no precision int8"),
+    ],
+)
+def test_what_int8_does_not_go_with_is_said_before_anything_is_loaded(
+    base: Path, rows: Path, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InvalidInput, match=said):
+        finetune(base, rows, tmp_path / "out", **settings)
+
+
+def test_it_is_refused_where_matrices_are_shared_out(base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InvalidInput, match="no process has whole matrices"):
+        finetune(base, rows, tmp_path / "out")
+
+
+def test_a_base_that_must_stay_as_it_is_is_not_rounded() -> None:
+    with pytest.raises(InvalidInput, match="rounds the weights"):
+        precision.check_int8("lora", exact_base=True)
+
+
+def test_where_it_would_not_be_sooner_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_vnni": False})
+    with pytest.raises(Unavailable, match="no instructions for it"):
+        precision.check_int8("lora", exact_base=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(Unavailable, match="here a GPU trains"):
+        precision.check_int8("lora", exact_base=False)
+
+
+@pytest.mark.parametrize(("bf16", "held"), [(True, "bf16"), (False, "fp32")])
+def test_what_is_not_in_int8_is_in_what_the_processor_multiplies(monkeypatch: pytest.MonkeyPatch, bf16: bool, held: str) -> None:
+    monkeypatch.setattr(precision, "_multiplies_bf16", lambda: bf16)
+    assert [precision.held_in(name) for name in ("int8", "fp32", "bf16")] == [held, "fp32", "bf16"]
