@@ -113,7 +113,7 @@ def trainer_for(base: Path, folder: Path, rows: list[Pair], **overrides: Any) ->
     """Return a SupervisedTrainer of base + LoRA whose B is not zero, so that every gradient is alive."""
     import torch
 
-    from slmops.training.step import Padded
+    from slmops.training.step import Padded, Step
     from slmops.training.trainer import SupervisedTrainer
 
     settings = load(FinetuneSettings, None, **overrides)
@@ -123,7 +123,7 @@ def trainer_for(base: Path, folder: Path, rows: list[Pair], **overrides: Any) ->
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
     arguments, _ = training_arguments(settings, folder, len(rows), 1, bool(rows))
-    return SupervisedTrainer(model, arguments, rows, rows, 0, Padded(model), lambda kept: None)
+    return SupervisedTrainer(model, arguments, rows, rows, 0, Step(Padded(model)), lambda kept: None)
 
 
 def loss_of(trainer: Any, batch: dict[str, Any]) -> Any:

@@ -14,9 +14,11 @@ from slmops.errors import InvalidInput, Unavailable
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from test_training_step import adapted, base_of, fast, pairs, plain  # noqa: E402
+from test_training_step import adapted, assert_same, base_of, fast, pairs, plain  # noqa: E402
 
+from slmops.config import MethodSettings  # noqa: E402
 from slmops.training import precision  # noqa: E402
+from slmops.training.batches import IGNORED  # noqa: E402
 from slmops.training.step import prepare_step  # noqa: E402
 from slmops.training.step.products import BOUND, Int8, Int8Matrix, Plain, Tried, quantized  # noqa: E402
 
@@ -143,6 +145,79 @@ def test_what_is_the_same_for_all_tokens_does_not_hide_an_error() -> None:
     assert plain.error < BOUND < 0.5 < hidden.error
 
 
+@has_vnni
+def test_a_token_that_is_large_itself_does_not_either() -> None:
+    """The first token often is, in what a model puts into its residual stream."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(50, 64), torch.randn(96, 64)
+    x[:, 5], weight[:, 5] = 300, 0
+    x[0] = 1e4 * torch.randn(64)
+    tried = Tried(weight, None)
+    tried.forward(x)
+    assert tried.error is not None
+    assert tried.error > 0.5
+
+
+@has_vnni
+def test_of_stacked_layers_the_worst_counts() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(50, 64), torch.randn(96, 64)
+    x[:, 5] *= 20
+    weight[64:, 5] = 0  # of the last layer, which is small beside the others
+    weight[:64] *= 100
+    whole, parts = Tried(weight, None), Tried(weight, None, (32, 32, 32))
+    whole.forward(x)
+    parts.forward(x)
+    assert whole.error is not None
+    assert parts.error is not None
+    assert whole.error < BOUND < parts.error
+
+
+@has_vnni
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_close(value: float) -> None:
+    x, dy = torch.randn(20, 64), torch.randn(20, 96)
+    x[:, 3] = value
+    tried, back = Tried(torch.randn(96, 64), None), Tried(torch.randn(96, 64), None)
+    tried.forward(x)
+    dy[2, 3] = value
+    back.backward(dy)
+    assert tried.error == back.error == float("inf")
+
+
+@has_vnni
+def test_the_head_keeps_its_own() -> None:
+    model, rows = adapted(base_of("Llama"), target_modules=["q_proj", "lm_head"]), pairs()
+    step = prepare_step(model, rows, int8=True)
+    head = model.get_base_model().lm_head.base_layer.weight
+    heads = [layer for layer in step.patched.layers if layer.weight.data_ptr() == head.data_ptr()]
+    assert [type(layer.products) for layer in heads] == [Plain]
+    assert step.in_int8 == (len(step.patched.layers) - 1, len(step.patched.layers) - 1)
+
+
+@has_vnni
+def test_activation_checkpoints_change_nothing() -> None:
+    rows, found = pairs(), []
+    for recomputes in (False, True):
+        model = adapted(base_of("Llama"))
+        if recomputes:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        found.append(fast(model, prepare_step(model, rows, int8=True), [rows]))
+    assert_same(found[0], found[1])
+
+
+@has_vnni
+def test_of_long_rows_their_supervised_ends_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(ids + [5] * 200, labels + [IGNORED] * 200) for ids, labels in pairs((150, 150))]
+    seen: list[int] = []
+    own = Tried.forward
+    monkeypatch.setattr(Tried, "forward", lambda self, x: seen.append(len(x)) or own(self, x))
+    step = prepare_step(adapted(base_of("Llama")), rows, int8=True)
+    assert max(seen) <= 2 * 64
+    assert step.in_int8 is not None
+    assert step.in_int8[0] == step.in_int8[1] > 0
+
+
 # A run ---------------------------------------------------------------------------------------------------------------
 
 
@@ -156,24 +231,45 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("int8") / "rows.jsonl")
 
 
-def finetune(base: Path, rows: Path, out: Path, **settings: Any) -> slmops.artifact.Artifact:
+def finetune(base: Path, rows: Path | None, out: Path, **settings: Any) -> slmops.artifact.Artifact:
     given = {**TEMPLATES, "validation_share": 0, "max_steps": 8, "batch_size": 4, "precision": "int8", "learning_rate": 3e-3}
     return slmops.finetune(base, rows, out=out, **(given | settings))
 
 
 @has_vnni
 def test_a_run_learns_what_one_in_fp32_learns_and_the_same_twice(base: Path, rows: Path, tmp_path: Path) -> None:
-    ours = [finetune(base, rows, tmp_path / name) for name in ("one", "two")]
-    wide = finetune(base, rows, tmp_path / "fp32", precision="fp32")
-    assert (ours[0].path / "adapter_model.safetensors").read_bytes() == (ours[1].path / "adapter_model.safetensors").read_bytes()
-    losses = [made.manifest.metrics["train_loss"]["value"] for made in (ours[0], wide)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
-    assert losses[0] != losses[1]
+    ours = [finetune(base, rows, tmp_path / name, validation_share=0.2) for name in ("one", "two")]
+    own = finetune(base, rows, tmp_path / "own", validation_share=0.2, precision=precision.held_in("int8"))
+    assert ours[0].manifest.facts["in_int8"]["matrices"] > 0
+    assert "in_int8" not in own.manifest.facts
+    assert adapter_of(ours[0]) == adapter_of(ours[1]) != adapter_of(own)
+    for name in ("train_loss", "validation_loss"):
+        losses = [made.manifest.metrics[name]["value"] for made in (ours[0], own)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@has_vnni
+def test_several_tasks_too(base: Path, rows: Path, tmp_path: Path) -> None:
+    made = finetune(
+        base,
+        None,
+        tmp_path / "out",
+        objective="multitask",
+        task={"a": {"data": str(rows), **TEMPLATES}, "b": {"data": str(rows), **TEMPLATES}},
+        prompt_template=None,
+        completion_template=None,
+    )
+    assert made.manifest.facts["in_int8"]["matrices"] > 0
+
+
+def adapter_of(made: slmops.artifact.Artifact) -> bytes:
+    return (made.path / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"lora_dropout": 0.1}, "with lora_dropout PEFT computes the layers"),
         ({"method": "dora"}, "method dora computes its layers by itself"),
         ({"method": "qlora"}, "method qlora computes its layers by itself"),
         ({"method": "full"}, "method full computes its layers by itself"),
@@ -196,16 +292,16 @@ def test_it_is_refused_where_matrices_are_shared_out(base: Path, rows: Path, tmp
 
 def test_a_base_that_must_stay_as_it_is_is_not_rounded() -> None:
     with pytest.raises(InvalidInput, match="rounds the weights"):
-        precision.check_int8("lora", exact_base=True)
+        precision.check_int8(MethodSettings(quantized_base="package"))
 
 
 def test_where_it_would_not_be_sooner_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_vnni": False})
     with pytest.raises(Unavailable, match="no instructions for it"):
-        precision.check_int8("lora", exact_base=False)
+        precision.check_int8(MethodSettings())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(Unavailable, match="here a GPU trains"):
-        precision.check_int8("lora", exact_base=False)
+        precision.check_int8(MethodSettings())
 
 
 @pytest.mark.parametrize(("bf16", "held"), [(True, "bf16"), (False, "fp32")])

@@ -20,12 +20,10 @@ from slmops.data import Corpus
 from slmops.errors import RunFailed
 from slmops.training import methods
 from slmops.training.batches import IGNORED, Batches
-from slmops.training.precision import held_in
+from slmops.training.precision import BY_HAND, held_in
 
 # Adam (arXiv 1412.6980) keeps two moments of each weight in fp32, beside its gradient.
 _OPTIMIZER_BYTES = 12
-# Methods whose layers `slmops.training.step` computes by hand, from stacked weights.
-_BY_HAND = ("lora", "rslora")
 # PEFT's layers of these methods make a matrix of the weight's size at each step; so many copies are held for the way back (measured, peft 0.21).
 _MATRICES_HELD = {"dora": 2, "loha": 2, "lokr": 2}
 # Methods that put positions before each row, which is padded then.
@@ -151,15 +149,16 @@ def estimate(
     from slmops.training.step.preparing import fill_to
 
     torch = environment.require("torch", "to train")
-    method, by_hand = settings.method.method, settings.method.method in _BY_HAND
+    method, by_hand = settings.method.method, settings.method.method in BY_HAND
     sizes, on_gpu = read_sizes(base, settings), torch.cuda.is_available()
     wide = 2 if held_in(precision) == "bf16" else 4
+    by_onednn = precision in ("bf16", "int8") and not on_gpu
     load = measure_load(
         [len(sequence.ids) for sequence in train.sequences],
         [sum(label != IGNORED for label in sequence.labels[1:]) for sequence in train.sequences],
         -(-settings.optimizer.batch_size // processes),
         settings.run.seed,
-        multiple=fill_to(sizes.base, bf16_on_cpu=wide == 2 and not on_gpu),
+        multiple=fill_to(sizes.base, by_onednn=by_onednn),
         before=settings.method.virtual_tokens if method in _BEFORE_ROWS else 0,
         shared=0 if settings.method.lora_dropout else shared_beginning([(sequence.ids, sequence.labels) for sequence in train.sequences]),
     )
@@ -170,7 +169,7 @@ def estimate(
     stacked = round(_STACKED_SHARE * mapped * sizes.linear / sizes.base) if by_hand else 0
     activations = activation_bytes(sizes, load, wide, by_hand=by_hand)
     matrices = _MATRICES_HELD.get(method, 0) * 4 * sizes.linear
-    kernels = _KERNELS * min(load.shapes, steps) if wide == 2 and not on_gpu else 0
+    kernels = _KERNELS * min(load.shapes, steps) if by_onednn else 0
     process = 0 if on_gpu else _resident_bytes() + _REST_BYTES
     return Estimate(
         process_bytes=process,
@@ -326,15 +325,15 @@ def _seconds(sizes: Sizes, load: Load, settings: FinetuneSettings, precision: st
     x, weight = (torch.ones(n, sizes.width, dtype=dtype, device=device) for n in (tokens, sizes.inner))
     narrow = torch.ones(16, sizes.width, dtype=dtype, device=device)
     multiply = Int8Matrix(weight).times if precision == "int8" else lambda x: x @ weight.t()
-    speed = 2 * x.numel() * sizes.inner / _timed(lambda: multiply(x))
+    speed, speed_of_head = (2 * x.numel() * sizes.inner / _timed(lambda run=run: run(x)) for run in (multiply, lambda x: x @ weight.t()))
     small = _timed(lambda: x @ narrow.t())
     block = torch.ones(2_000_000, device=device)
     bandwidth = 2 * block.numel() * block.element_size() / _timed(lambda: block * 2.0)
     products = 3 if methods.method_of(settings.method).trains_base else 2
-    operations = 2 * products * (tokens * sizes.linear + load.mean_supervised * sizes.width * sizes.vocabulary)
+    seconds = 2 * products * (tokens * sizes.linear / speed + load.mean_supervised * sizes.width * sizes.vocabulary / speed_of_head)
     operators = sizes.layers * (_OPERATORS if by_hand else _OPERATORS_OF_PEFT)
     moved = _PASSES * held * load.mean_tokens / load.tokens
-    step = settings.optimizer.gradient_accumulation * (operations / speed + operators * small + moved / bandwidth)
+    step = settings.optimizer.gradient_accumulation * (seconds + operators * small + moved / bandwidth)
     return steps * (step + sizes.trained * 40 / bandwidth)
 
 

@@ -104,16 +104,20 @@ def check_run(settings: FinetuneSettings) -> None:
     own_step = settings.objective.objective in ("sft", "pretrain", "multitask") and settings.objective.loss is None
     if run.activation_checkpoints == "on" and not own_step:
         raise InvalidInput("activation_checkpoints: objectives dpo and reward and a loss of your own hold activations", "leave it out")
+    checks = (
+        ("processes", run.processes > 1),
+        ("activation_checkpoints", run.activation_checkpoints == "on"),
+        ("precision int8", run.precision == "int8"),
+    )
+    lacking = [name for name, value in (*given.items(), *checks) if value]
+    if engine == "olive" and lacking:
+        raise InvalidInput(f"engine olive: Olive's pass has no {', '.join(lacking)}", "leave it out, or use --engine peft")
     if run.precision == "int8":
         if not own_step:
             raise InvalidInput("precision int8: objectives dpo and reward and a loss of your own have another step", "leave it out")
         if processes.sharded():
             raise InvalidInput("precision int8: with FSDP or DeepSpeed no process has whole matrices", "leave it out")
-        check_int8(settings.method.method, exact_base=settings.method.quantized_base is not None)
-    checks = (("processes", run.processes > 1), ("activation_checkpoints", run.activation_checkpoints == "on"))
-    lacking = [name for name, value in (*given.items(), *checks) if value]
-    if engine == "olive" and lacking:
-        raise InvalidInput(f"engine olive: Olive's pass has no {', '.join(lacking)}", "leave it out, or use --engine peft")
+        check_int8(settings.method)
 
 
 def resolve_base(model: str | Path) -> Path:
@@ -191,6 +195,7 @@ def finish(draft: Draft, base: Path, data: str | Path | None, material: Material
         "loop_seconds": round(trained.loop_seconds, 3),
         "peak_memory_bytes": trained.peak_memory_bytes,
         **({"estimate": trained.estimate} if trained.estimate is not None else {}),
+        **({"in_int8": dict(zip(("matrices", "of"), trained.in_int8, strict=True))} if trained.in_int8 is not None else {}),
         "trainable_parameters": trained.trainable_parameters,
         "stop_reason": material.interface.stop_reason,
         "roads": material.course.facts.get("roads") or methods.find_roads(draft.folder, base, settings.method),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from slmops import environment
+from slmops.config import MethodSettings
 from slmops.errors import InvalidInput, Unavailable
 
 # Methods whose base is frozen and which learn in fp32 beside it, and those of them whose layers `slmops.training.step` computes.
 _BESIDE = ("lora", "rslora", "dora")
-_BY_HAND = ("lora", "rslora")
+BY_HAND = ("lora", "rslora")
 
 
 def choose_precision(asked: str, method: str, *, exact_base: bool, trains_base: bool) -> str:
@@ -38,16 +39,19 @@ def held_in(precision: str) -> str:
     return ("bf16" if _multiplies_bf16() else "fp32") if precision == "int8" else precision
 
 
-def check_int8(method: str, *, exact_base: bool) -> None:
+def check_int8(settings: MethodSettings) -> None:
     """Refuse to multiply in int8 where it would not be sooner, or not be what was asked for.
 
     Raises:
-        InvalidInput: the method has no layers that are multiplied so, or the base's weights must stay as they are.
+        InvalidInput: layers are not multiplied so with such a method or with dropout, or the base's weights must stay as they are.
         Unavailable: the processor has no instructions for it, or a GPU trains.
     """
-    if method not in _BY_HAND:
+    method = settings.method
+    if method not in BY_HAND:
         raise InvalidInput(f"precision int8: method {method} computes its layers by itself", "use --method lora or rslora, or leave it out")
-    if exact_base:
+    if settings.lora_dropout:
+        raise InvalidInput("precision int8: with lora_dropout PEFT computes the layers", "leave one of them out")
+    if settings.quantized_base is not None:
         raise InvalidInput("precision int8 rounds the weights that quantized_base gives", "leave one of them out")
     torch = environment.require("torch", "to train")
     if torch.cuda.is_available():

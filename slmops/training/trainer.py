@@ -22,8 +22,7 @@ from slmops.errors import RunFailed
 from slmops.training import processes
 from slmops.training.batches import IGNORED, Batches
 from slmops.training.resuming import ResumableTrainer
-from slmops.training.step import Layout, Padded, prepare_step
-from slmops.training.step.products import Int8
+from slmops.training.step import Layout, Padded, Step, prepare_step
 
 Row = tuple[list[int], list[int]]
 
@@ -70,7 +69,7 @@ class SupervisedTrainer(ResumableTrainer):
         train_rows: (ids, labels) of each training row.
         validation_rows: the same for validation; may be empty.
         seed: of the order of batches.
-        layout: how batches reach the model.
+        step: how batches reach the model, and what of it was made fast.
         keep: called with the model whenever the validation loss is the lowest so far.
         order: batches of row numbers (`Batches`, or a `Mixture`); None: every row once an epoch.
     """
@@ -82,7 +81,7 @@ class SupervisedTrainer(ResumableTrainer):
         train_rows: list[Row],
         validation_rows: list[Row],
         seed: int,
-        layout: Layout,
+        step: Step,
         keep: Any,
         order: Any = None,
     ) -> None:
@@ -93,7 +92,7 @@ class SupervisedTrainer(ResumableTrainer):
         self.best_loss = math.inf
         self.trained = [p for p in model.parameters() if p.requires_grad]
         spare_traversals(model, self.trained)
-        self.layout = layout
+        self.layout, self.in_int8 = step.layout, step.in_int8
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the length-grouped batches; with several processes, this one's share of each."""
@@ -154,8 +153,8 @@ class SupervisedTrainer(ResumableTrainer):
         return processes.mean_over(self.accelerator, loss, sum(label != IGNORED for _, labels in own for label in labels[1:]))
 
 
-def layout_of(model: nn.Module, rows: list[Row], *, int8: bool = False) -> Layout:
-    """Return how rows reach a model, which is made fast where every process has all weights; say what could not be.
+def step_of(model: nn.Module, rows: list[Row], *, int8: bool = False) -> Step:
+    """Return how a model is trained, which is made fast where every process has all weights; say what could not be.
 
     Args:
         model: see `slmops.training.step.prepare_step`.
@@ -163,14 +162,13 @@ def layout_of(model: nn.Module, rows: list[Row], *, int8: bool = False) -> Layou
         int8: see there.
     """
     if processes.sharded():
-        return Padded(model)
+        return Step(Padded(model))
     step = prepare_step(model, rows, int8=int8)
     if step.reason is not None:
         progress.say(f"rows are padded, not joined: {step.reason}")
-    if int8:
-        close = sum(isinstance(layer.products, Int8) for layer in step.patched.layers)
-        progress.say(f"{close} of {len(step.patched.layers)} groups of layers multiply in int8")
-    return step.layout
+    if step.in_int8 is not None:
+        progress.say(f"{step.in_int8[0]} of {step.in_int8[1]} frozen matrices are multiplied in int8")
+    return step
 
 
 def spare_traversals(model: Any, trained: list[nn.Parameter]) -> None:

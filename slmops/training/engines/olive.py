@@ -31,7 +31,7 @@ def train_with_olive(base: Path, train: Corpus, validation: Corpus, settings: Fi
     from slmops.training.trainer import validation_loss
 
     run, optimizer, method = settings.run, settings.optimizer, settings.method
-    lacking = [name for name, given in (("resume", run.resume), (f"precision {run.precision}", run.precision in ("bf16", "int8"))) if given]
+    lacking = [name for name, given in (("resume", run.resume), ("precision bf16", run.precision == "bf16")) if given]
     if lacking:
         raise InvalidInput(f"engine olive: Olive's pass has no {', '.join(lacking)}", "leave it out, or use --engine peft")
     rows, held_out = pairs_of(train), pairs_of(validation)

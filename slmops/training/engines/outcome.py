@@ -27,6 +27,8 @@ class Run:
     peak_memory_bytes: int
     estimate: dict[str, Any] | None = None
     """What was foretold, beside what came (`Estimate.document`)."""
+    in_int8: tuple[int, int] | None = None
+    """Of `slmops.training.step.Step`."""
 
 
 def total_steps(settings: FinetuneSettings, rows: int) -> int:

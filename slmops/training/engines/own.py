@@ -94,6 +94,7 @@ def train_with_peft(
         estimate=foretold.document(environment.peak_gpu_bytes() or environment.peak_memory_bytes(), loop_seconds)
         if foretold is not None
         else None,
+        in_int8=getattr(trainer, "in_int8", None),
     )
 
 
@@ -123,11 +124,11 @@ def _trainer(setup: Setup, settings: FinetuneSettings, team: Team) -> Any:
 
 
 def _own_trainer(setup: Setup, settings: FinetuneSettings) -> Any:
-    from slmops.training.trainer import SupervisedTrainer, layout_of
+    from slmops.training.trainer import SupervisedTrainer, step_of
 
     rows, held_out = pairs_of(setup.train), pairs_of(setup.validation)
-    layout = layout_of(setup.model, rows, int8=setup.int8)
-    return SupervisedTrainer(setup.model, setup.arguments, rows, held_out, settings.run.seed, layout, setup.keep, order=setup.course.order)
+    step = step_of(setup.model, rows, int8=setup.int8)
+    return SupervisedTrainer(setup.model, setup.arguments, rows, held_out, settings.run.seed, step, setup.keep, order=setup.course.order)
 
 
 def _keep(trainer: Any, model: Any, best: Path, team: Team) -> None:

@@ -13,7 +13,7 @@ from slmops.data import NOT_COUNTED, Encoded, Row
 from slmops.training import processes
 from slmops.training.objectives.material import Setup
 from slmops.training.objectives.own_loss import LossBatch, OwnLoss
-from slmops.training.step import Padded
+from slmops.training.step import Padded, Step
 from slmops.training.trainer import EpochBatches, SupervisedTrainer
 
 LossRow = tuple[Encoded, Row]
@@ -34,7 +34,9 @@ class OwnLossTrainer(SupervisedTrainer):
 
     def __init__(self, setup: Setup, train: Sequence[LossRow], validation: Sequence[LossRow], loss: OwnLoss, seed: int) -> None:
         learned, held_out = ([(list(sequence.ids), list(sequence.labels)) for sequence, _ in rows] for rows in (train, validation))
-        super().__init__(setup.model, setup.arguments, learned, held_out, seed, Padded(setup.model), setup.keep, order=setup.course.order)
+        super().__init__(
+            setup.model, setup.arguments, learned, held_out, seed, Step(Padded(setup.model)), setup.keep, order=setup.course.order
+        )
         self.loss, self.own_rows, self.held_out = loss, _Rows(train), list(validation)
 
     def get_train_dataloader(self) -> DataLoader:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from slmops.data import Corpus
 from slmops.training.objectives.material import Setup
-from slmops.training.trainer import SupervisedTrainer, layout_of
+from slmops.training.trainer import SupervisedTrainer, step_of
 
 
 class TaskTrainer(SupervisedTrainer):
@@ -29,7 +29,7 @@ class TaskTrainer(SupervisedTrainer):
             rows,
             rows_of(setup.validation),
             seed,
-            layout_of(setup.model, rows, int8=setup.int8),
+            step_of(setup.model, rows, int8=setup.int8),
             setup.keep,
             order=setup.course.order,
         )

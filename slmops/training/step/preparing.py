@@ -8,7 +8,7 @@ hidden states of a few rows, joined, are held against those of the same rows one
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,15 +18,15 @@ from slmops.training.batches import IGNORED
 from slmops.training.step import attention, patching
 from slmops.training.step.layouts import Joined, Layout, Padded, Row
 from slmops.training.step.pairs import PairStore
-from slmops.training.step.products import BOUND, Plain, Tried
+from slmops.training.step.products import BOUND, Int8, Plain, Tried
 from slmops.training.step.rows import KEY, Rows
 
 # Largest distance of a token's hidden state, relative to its length: rounding gives 1e-5 (fp32) and 0.03 (bf16), a token
 # of another row that is seen 0.3 and more.
 _BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 _ROWS, _TOKENS = 3, 64
-_BATCH = 8
-# oneDNN, which multiplies in bf16, makes a kernel for each new shape of some 25 products, and keeps it: 2.6 ms and 0.8 MB each. So the
+_ROWS_IN_INT8 = 8
+# oneDNN, which multiplies in bf16 and in int8, makes a kernel for each new shape of some 25 products, and keeps it: 2.6 ms and 0.8 MB each. So the
 # numbers of tokens are rounded up, further where a token costs little. In fp32 MKL makes none.
 _MULTIPLE, _MULTIPLE_OF_SMALL, _SMALL_PARAMETERS = 16, 64, 30_000_000
 
@@ -36,9 +36,11 @@ class Step:
     """How a model is trained."""
 
     layout: Layout
-    patched: patching.Patched
-    reason: str | None
+    patched: patching.Patched = field(default_factory=patching.Patched)
+    reason: str | None = None
     """Why rows are padded; None where they are joined."""
+    in_int8: tuple[int, int] | None = None
+    """Of the frozen matrices (those that are stacked are one), how many are multiplied in int8, and how many could be; None: not asked."""
 
 
 def prepare_step(model: nn.Module, rows: Sequence[Row], *, int8: bool = False) -> Step:
@@ -63,25 +65,38 @@ def prepare_step(model: nn.Module, rows: Sequence[Row], *, int8: bool = False) -
         causal.register_parameter("slmops_pairs", patched.store.parameter)
         causal.get_input_embeddings().register_forward_pre_hook(_beginning(patched.store))
     if reason is None:
-        reason, layout = _try_joined(causal, patched, trial, expected, layout)
-    if int8:
-        _multiply_in_int8(model, patched, layout, rows)
+        reason, layout = _try_joined(causal, patched, trial, expected, layout, int8=int8)
     model.train(was_training)
-    return Step(layout, patched, reason)
+    return Step(layout, patched, reason, _multiply_in_int8(model, patched, layout, rows) if int8 else None)
 
 
-def _multiply_in_int8(model: Any, patched: patching.Patched, layout: Layout, rows: Sequence[Row]) -> None:
-    """Let layers multiply in int8 whose products, there and back, are close to their own on the first rows."""
-    for layer in patched.layers:
-        layer.products = Tried(layer.weight, layer.bias)
+def _multiply_in_int8(model: Any, patched: patching.Patched, layout: Layout, rows: Sequence[Row]) -> tuple[int, int]:
+    """Let layers multiply in int8 whose products, there and back, are close to their own on the first rows; count them.
+
+    The head keeps its own: it makes the loss, and few tokens reach it.
+    """
+    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = causal.get_output_embeddings()
+    layers = [layer for layer in patched.layers if head is None or layer.weight.data_ptr() != head.weight.data_ptr()]
+    tried = [Tried(layer.weight, layer.bias, layer.widths) for layer in layers]
+    for layer, products in zip(layers, tried, strict=True):
+        layer.products = products
     trained = [p for p in model.parameters() if p.requires_grad]
-    layout.summed_loss(model, layout.collate(rows[:_BATCH])).backward()
+    with torch.random.fork_rng(devices=[]):
+        layout.summed_loss(model, layout.collate([_end_of(row) for row in rows[:_ROWS_IN_INT8]])).backward()
     for parameter in trained:
         parameter.grad = None
-    for layer in patched.layers:
-        tried = layer.products
-        assert isinstance(tried, Tried)
-        layer.products = tried.int8 if tried.error is not None and tried.error <= BOUND else Plain(layer.weight, layer.bias)
+    for layer, products in zip(layers, tried, strict=True):
+        close = products.error is not None and products.error <= BOUND
+        layer.products = products.int8 if close else Plain(layer.weight, layer.bias)
+    return sum(isinstance(layer.products, Int8) for layer in layers), len(layers)
+
+
+def _end_of(row: Row) -> Row:
+    """Return the tokens up to the last supervised one, so many that a batch of them is small beside those of a run."""
+    ids, labels = row
+    end = max((place + 1 for place, label in enumerate(labels) if label != IGNORED), default=len(ids))
+    return ids[max(0, end - _TOKENS) : end], labels[max(0, end - _TOKENS) : end]
 
 
 def _beginning(store: PairStore) -> Any:
@@ -103,7 +118,7 @@ def _obstacle(model: Any, causal: Any) -> str | None:
 
 
 def _try_joined(
-    causal: Any, patched: patching.Patched, trial: list[list[int]], expected: list[torch.Tensor], padded: Layout
+    causal: Any, patched: patching.Patched, trial: list[list[int]], expected: list[torch.Tensor], padded: Layout, *, int8: bool
 ) -> tuple[str | None, Layout]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -111,8 +126,8 @@ def _try_joined(
     own = causal.config._attn_implementation
     hook = _widen(causal)
     causal.config._attn_implementation = KEY
-    bf16_on_cpu = causal.device.type == "cpu" and causal.get_input_embeddings().weight.dtype != torch.float32
-    layout = Joined(causal, fill_to(sum(p.numel() for p in causal.parameters()), bf16_on_cpu=bf16_on_cpu), patched.focus)
+    by_onednn = causal.device.type == "cpu" and (int8 or causal.get_input_embeddings().weight.dtype != torch.float32)
+    layout = Joined(causal, fill_to(sum(p.numel() for p in causal.parameters()), by_onednn=by_onednn), patched.focus)
     try:
         patching.fuse_attention(patched)
         distance = _distance(layout, causal, trial, expected)
@@ -129,9 +144,9 @@ def _try_joined(
     return reason, padded
 
 
-def fill_to(parameters: int, *, bf16_on_cpu: bool) -> int:
+def fill_to(parameters: int, *, by_onednn: bool) -> int:
     """Return what the number of a batch's tokens is rounded up to one of, for a model of so many parameters."""
-    if not bf16_on_cpu:
+    if not by_onednn:
         return 1
     return _MULTIPLE_OF_SMALL if parameters < _SMALL_PARAMETERS else _MULTIPLE
 
