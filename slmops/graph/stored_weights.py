@@ -127,12 +127,16 @@ def _read(stored: _Stored, first: int, count: int, out: np.ndarray | None = None
             while room and (read := stream.readinto(room)):
                 room = room[read:]
         if room:
-            raise BadArtifact(f"{stored.file} ends before its last tensor", "download or copy the model again")
+            raise _cut(stored.file)
     else:
         flat = out.reshape(-1)
         for at in range(0, count, _CHUNK):  # a small copy on the way, whose memory is used again
             part = np.fromfile(stored.file, dtype, min(_CHUNK, count - at), offset=offset + at * dtype.itemsize)
             if len(part) < min(_CHUNK, count - at):
-                raise BadArtifact(f"{stored.file} ends before its last tensor", "download or copy the model again")
+                raise _cut(stored.file)
             flat[at : at + _CHUNK] = part
     return out
+
+
+def _cut(file: Path) -> BadArtifact:
+    return BadArtifact(f"{file} ends before its last tensor", "download or copy the model again")

@@ -317,15 +317,17 @@ def _resident_bytes() -> int:
 
 def _seconds(sizes: Sizes, load: Load, settings: FinetuneSettings, precision: str, steps: int, held: int, *, by_hand: bool) -> float:
     """Time the products of a step, and what lies between them."""
-    from slmops.training.step.products import Int8Matrix
-
     torch = environment.require("torch", "to train")
     dtype, device = (torch.bfloat16 if held_in(precision) == "bf16" else torch.float32), ("cuda" if torch.cuda.is_available() else "cpu")
     tokens = max(16, round(load.mean_tokens))
     x, weight = (torch.ones(n, sizes.width, dtype=dtype, device=device) for n in (tokens, sizes.inner))
     narrow = torch.ones(16, sizes.width, dtype=dtype, device=device)
-    multiply = Int8Matrix(weight).times if precision == "int8" else lambda x: x @ weight.t()
-    speed, speed_of_head = (2 * x.numel() * sizes.inner / _timed(lambda run=run: run(x)) for run in (multiply, lambda x: x @ weight.t()))
+    speed = speed_of_head = 2 * x.numel() * sizes.inner / _timed(lambda: x @ weight.t())
+    if precision == "int8":
+        from slmops.training.step.products import Int8Matrix
+
+        matrix = Int8Matrix(weight)
+        speed = 2 * x.numel() * sizes.inner / _timed(lambda: matrix.times(x))
     small = _timed(lambda: x @ narrow.t())
     block = torch.ones(2_000_000, device=device)
     bandwidth = 2 * block.numel() * block.element_size() / _timed(lambda: block * 2.0)

@@ -67,15 +67,14 @@ def prepare_step(model: nn.Module, rows: Sequence[Row], *, int8: bool = False) -
     if reason is None:
         reason, layout = _try_joined(causal, patched, trial, expected, layout, int8=int8)
     model.train(was_training)
-    return Step(layout, patched, reason, _multiply_in_int8(model, patched, layout, rows) if int8 else None)
+    return Step(layout, patched, reason, _multiply_in_int8(model, causal, patched, layout, rows) if int8 else None)
 
 
-def _multiply_in_int8(model: Any, patched: patching.Patched, layout: Layout, rows: Sequence[Row]) -> tuple[int, int]:
+def _multiply_in_int8(model: Any, causal: Any, patched: patching.Patched, layout: Layout, rows: Sequence[Row]) -> tuple[int, int]:
     """Let layers multiply in int8 whose products, there and back, are close to their own on the first rows; count them.
 
     The head keeps its own: it makes the loss, and few tokens reach it.
     """
-    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = causal.get_output_embeddings()
     layers = [layer for layer in patched.layers if head is None or layer.weight.data_ptr() != head.weight.data_ptr()]
     tried = [Tried(layer.weight, layer.bias, layer.widths) for layer in layers]
