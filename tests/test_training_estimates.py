@@ -18,6 +18,7 @@ pytest.importorskip("torch", reason="needs the extra slmops[train]")
 
 from slmops.training import methods  # noqa: E402
 from slmops.training.estimating import Load, Sizes, activation_bytes, estimate, measure_load, read_sizes  # noqa: E402
+from slmops.training.step.kernels import Kernels  # noqa: E402
 
 SIZES = Sizes(width=576, layers=30, heads=9, key_heads=3, head_width=64, inner=1536, vocabulary=49152, linear=1, base=1, trained=1)
 
@@ -61,13 +62,20 @@ def test_the_batches_of_the_run_are_laid_out() -> None:
     assert (padded.tokens, padded.longest, padded.lines) == (90, 45, 90)
 
 
+class Compact(Kernels):
+    """What the compiled kernels hold."""
+
+    holds_scores = False
+
+
 def test_what_a_step_holds_grows_with_the_batch_and_with_the_square_of_a_row() -> None:
     short = Load(tokens=256, longest=32, lines=256, supervised=64, mean_tokens=256, mean_supervised=64, shapes=1)
     long = Load(tokens=256, longest=128, lines=256, supervised=64, mean_tokens=256, mean_supervised=64, shapes=1)
     twice = Load(tokens=512, longest=32, lines=512, supervised=64, mean_tokens=512, mean_supervised=64, shapes=1)
-    held = activation_bytes(SIZES, short, 2, by_hand=True)
-    assert activation_bytes(SIZES, twice, 2, by_hand=True) == 2 * held
-    assert activation_bytes(SIZES, long, 2, by_hand=True) - held == 30 * 256 * 4 * 9 * (128 - 32)
+    held = activation_bytes(SIZES, short, 2, Kernels(), by_hand=True)
+    assert activation_bytes(SIZES, twice, 2, Kernels(), by_hand=True) == 2 * held
+    assert activation_bytes(SIZES, long, 2, Kernels(), by_hand=True) - held == 30 * 256 * 4 * 9 * (128 - 32)
+    assert activation_bytes(SIZES, short, 2, Compact(), by_hand=True) == activation_bytes(SIZES, long, 2, Compact(), by_hand=True) < held
 
 
 def test_a_run_says_before_what_it_takes_and_keeps_both(base: Path, rows: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from slmops.config import MethodSettings  # noqa: E402
 from slmops.training import precision  # noqa: E402
 from slmops.training.batches import IGNORED  # noqa: E402
 from slmops.training.step import prepare_step  # noqa: E402
-from slmops.training.step.products import BOUND, Int8, Int8Matrix, Plain, Tried, quantized  # noqa: E402
+from slmops.training.step.kernels import Kernels  # noqa: E402
+from slmops.training.step.products import BOUND, Int8, Int8Matrix, Plain, Tried  # noqa: E402
 
 has_vnni = pytest.mark.skipif(not precision._multiplies_bytes(), reason="this processor does not multiply bytes (VNNI)")
 TYPES = [torch.float32, torch.bfloat16]
@@ -71,7 +72,7 @@ def test_codes_are_the_nearest_and_leave_what_they_are_made_of(dtype: Any) -> No
     torch.manual_seed(1)
     x = torch.randn(33, 257, dtype=dtype) * 3
     before = x.clone()
-    codes, scales = quantized(x)
+    codes, scales = Kernels().quantize(x)
     assert torch.equal(x, before)
     assert (codes.min() >= 1, codes.max() <= 255, scales.dtype) == (True, True, dtype)
     again = (codes.float() - 128) * scales.float()

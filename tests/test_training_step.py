@@ -14,8 +14,9 @@ transformers = pytest.importorskip("transformers")
 
 from slmops.training.batches import IGNORED  # noqa: E402
 from slmops.training.step import Padded, prepare_step  # noqa: E402
-from slmops.training.step import attention as attention_module  # noqa: E402
 from slmops.training.step import head as head_module  # noqa: E402
+from slmops.training.step.kernels import Kernels  # noqa: E402
+from slmops.training.step.kernels.compiled import CompiledKernels  # noqa: E402
 from slmops.training.step.layouts import Joined, shared_beginning  # noqa: E402
 from slmops.training.step.rows import Rows  # noqa: E402
 
@@ -222,10 +223,8 @@ def test_tokens_that_all_rows_begin_with_are_computed_once(family: str) -> None:
 
 
 def test_long_beginnings_and_activation_checkpoints_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    from slmops.training.step import patching
-
-    for module in (attention_module, patching):
-        monkeypatch.setattr(module, "LONGEST_BY_HAND", 10)
+    for kind in (Kernels, CompiledKernels):
+        monkeypatch.setattr(kind, "longest_row", 10)
     model, rows = adapted(base_of("Mistral")), beginning_alike(40)
     expected = plain(model, rows)
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -246,10 +245,8 @@ def test_what_is_counted_or_dropped_by_row_is_not_shared() -> None:
 
 
 def test_long_rows_and_dropout_go_through_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    from slmops.training.step import patching
-
-    for module in (attention_module, patching):
-        monkeypatch.setattr(module, "LONGEST_BY_HAND", 10)
+    for kind in (Kernels, CompiledKernels):
+        monkeypatch.setattr(kind, "longest_row", 10)
     for family in ("Llama", "Mistral"):
         model, rows = adapted(base_of(family)), pairs()
         expected = plain(model, rows)

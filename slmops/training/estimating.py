@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slmops import environment
 from slmops.config import FinetuneSettings
@@ -21,6 +21,9 @@ from slmops.errors import RunFailed
 from slmops.training import methods
 from slmops.training.batches import IGNORED, Batches
 from slmops.training.precision import BY_HAND, held_in
+
+if TYPE_CHECKING:
+    from slmops.training.step.kernels import Kernels
 
 # Adam (arXiv 1412.6980) keeps two moments of each weight in fp32, beside its gradient.
 _OPTIMIZER_BYTES = 12
@@ -167,7 +170,7 @@ def estimate(
     # In the file's own precision its pages are the weights; what is stacked is copied beside them.
     mapped = stored if abs(wide * sizes.base / stored - 1) < 0.02 and not on_gpu else 0
     stacked = round(_STACKED_SHARE * mapped * sizes.linear / sizes.base) if by_hand else 0
-    activations = activation_bytes(sizes, load, wide, by_hand=by_hand)
+    activations = activation_bytes(sizes, load, wide, _kernels(sizes, precision), by_hand=by_hand)
     matrices = _MATRICES_HELD.get(method, 0) * 4 * sizes.linear
     kernels = _KERNELS * min(load.shapes, steps) if by_onednn else 0
     process = 0 if on_gpu else _resident_bytes() + _REST_BYTES
@@ -274,23 +277,34 @@ def measure_load(
     )
 
 
-def activation_bytes(sizes: Sizes, load: Load, wide: int, *, by_hand: bool) -> int:
+def activation_bytes(sizes: Sizes, load: Load, wide: int, kernels: Kernels, *, by_hand: bool) -> int:
     """Return what all layers hold for the way back of the largest batch.
 
-    By hand (`slmops.training.step`): the inputs of each product and both norms' in fp32; queries, keys, values and
-    probabilities in fp32, with padding. Else as autograd holds transformers' layers with pairs in them.
+    By hand (`slmops.training.step`): the inputs of each product and both norms' in fp32; queries, keys and values, which PyTorch's
+    operators hold in fp32 with padding, their probabilities too. Else as autograd holds transformers' layers with pairs in them.
     """
-    from slmops.training.step.attention import LONGEST_BY_HAND
-
     heads, keys = sizes.heads * sizes.head_width, sizes.key_heads * sizes.head_width
-    scores = 4 * sizes.heads * load.longest if load.longest <= LONGEST_BY_HAND else 0
-    if by_hand:
-        token = wide * (2 * sizes.width + heads + 4 * sizes.inner) + 8 * sizes.width
-        line = 4 * (heads + 2 * keys) + scores if scores else 16 * heads
-    else:
+    attended = load.longest <= kernels.longest_row
+    scores = 4 * sizes.heads * load.longest if attended and kernels.holds_scores else 0
+    if not by_hand:
         token = wide * (4 * sizes.width + 4 * sizes.inner) + 8 * sizes.width
         line = wide * (4 * heads + 2 * keys) + scores
+    elif kernels.holds_scores or not attended:
+        token = wide * (2 * sizes.width + heads + (4 if kernels.holds_scores else 3) * sizes.inner) + 8 * sizes.width
+        line = 4 * (heads + 2 * keys) + scores if attended else 16 * heads
+    else:
+        token = wide * (2 * sizes.width + 2 * heads + 2 * keys + 3 * sizes.inner) + 8 * sizes.width
+        line = 0
     return sizes.layers * (load.tokens * token + load.lines * line)
+
+
+def _kernels(sizes: Sizes, precision: str) -> Kernels:
+    """Return what will compute between the products."""
+    torch = environment.require("torch", "to train")
+    from slmops.training.step.kernels import kernels_for
+
+    dtype, device = torch.bfloat16 if held_in(precision) == "bf16" else torch.float32, "cuda" if torch.cuda.is_available() else "cpu"
+    return kernels_for(torch.empty(0, dtype=dtype, device=device), sizes.width, sizes.head_width, sizes.inner)
 
 
 def _checkpoint_bytes(sizes: Sizes, load: Load, activations: int) -> int:

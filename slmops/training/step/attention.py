@@ -1,26 +1,22 @@
-"""How does attention run on joined rows? Each row in a line of its own, causal, forward and backward by hand.
+"""How does attention run on joined rows? Each row for itself, causal, forward and backward by hand.
 
-Rows of a fine-tune are short, and there the library's fused kernel loses: for 8 rows of 40 tokens, 6 heads of 32, torch
-2.13's flash kernel takes 392 us forward and 514 us backward on two Zen 4 cores, three batched products and a softmax 129
-and 165 us (its bf16 backward: 2,900 us). Longer rows go through `scaled_dot_product_attention`, which does not hold
-the scores of a whole row.
+Rows of a fine-tune are short, and there the library's fused kernel loses. Longer ones go through `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from slmops.training.step.kernels import Attention, Kernels, kernels_for
+from slmops.training.step.kernels.plain import seen
 from slmops.training.step.rows import KEY, Rows
 
 WINDOWS = "slmops_windows"
 """Name of a keyword with a list, to which each attention layer adds its sliding window: families keep it in different places."""
-LONGEST_BY_HAND = 192
-"""Rows up to this many tokens are attended by hand: scores of longer ones no longer fit into the cache."""
 
 
 def attend(
@@ -55,71 +51,27 @@ def attend(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     value = value.to(query.dtype)
     window = sliding_window if sliding_window is not None and sliding_window < rows.longest else None
-    if rows.longest <= LONGEST_BY_HAND and not dropout:
-        return _RowAttention.apply(query, key, value, rows, scale, window), None
-    return _library_attention(query, key, value, rows, scale, window, dropout), None
+    kernels = kernels_for(query, query.shape[-1])
+    if rows.longest > kernels.longest_row or dropout:
+        return _library_attention(query, key, value, rows, scale, window, dropout), None
+    y = torch.cat([query, key, value], dim=1)[0].transpose(0, 1).reshape(rows.tokens, -1)
+    answer = _RowAttention.apply(y, Attention(rows, (query.shape[1], key.shape[1]), scale, window), kernels)
+    return answer.view(1, rows.tokens, query.shape[1], -1), None
 
 
 class _RowAttention(torch.autograd.Function):
-    """softmax(scale Q K' + mask) V of each row. Queries that share a key head are stacked along the tokens."""
+    """Attention of queries, keys and values, stacked (tokens, heads x width)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scale: float, window: int | None
-    ) -> torch.Tensor:
-        heads, key_heads, width = query.shape[1], key.shape[1], query.shape[3]
-        q, k, v = (_stacked(rows.to_lines(_tokens_first(x)), key_heads, width) for x in (query, key, value))
-        mask = causal_mask(rows.longest, heads // key_heads, window, q.dtype, q.device)
-        probabilities = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1)
-        answer = torch.bmm(probabilities, v)
-        ctx.save_for_backward(q, k, v, probabilities)
-        ctx.rows, ctx.scale, ctx.heads = rows, scale, heads
-        return rows.from_lines(_unstacked(answer, len(rows.lengths), rows.longest, heads)).view(1, rows.tokens, heads, width)
+    def forward(ctx: Any, y: torch.Tensor, how: Attention, kernels: Kernels) -> torch.Tensor:
+        answer, saved = kernels.attend(y, how)
+        ctx.save_for_backward(*saved)
+        ctx.how, ctx.kernels = how, kernels
+        return answer
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, probabilities = ctx.saved_tensors
-        rows, scale, heads = ctx.rows, ctx.scale, ctx.heads
-        key_heads, width = q.shape[0] // len(rows.lengths), q.shape[-1]
-        incoming = _stacked(rows.gradient_to_lines(gradients[0].reshape(rows.tokens, heads * width)), key_heads, width)
-        of_value = torch.bmm(probabilities.transpose(1, 2), incoming)
-        of_scores = torch.ops.aten._softmax_backward_data(torch.bmm(incoming, v.transpose(1, 2)), probabilities, -1, q.dtype)
-        of_query = torch.bmm(of_scores, k).mul_(scale)
-        of_key = torch.bmm(of_scores.transpose(1, 2), q).mul_(scale)
-        count = len(rows.lengths)
-        found = ((of_query, heads), (of_key, key_heads), (of_value, key_heads))
-        back = (
-            rows.gradient_from_lines(_unstacked(x, count, rows.longest, n)).view(1, rows.tokens, n, width).transpose(1, 2) for x, n in found
-        )
-        return (*back, None, None, None)
-
-
-def _tokens_first(x: torch.Tensor) -> torch.Tensor:
-    """(1, heads, tokens, width) -> (tokens, heads x width)."""
-    return x[0].transpose(0, 1).reshape(x.shape[2], -1)
-
-
-def _stacked(lines: torch.Tensor, key_heads: int, width: int) -> torch.Tensor:
-    """(rows, longest, heads x width) -> (rows x key heads, heads / key heads x longest, width)."""
-    count, longest, _ = lines.shape
-    return lines.view(count, longest, key_heads, -1, width).permute(0, 2, 3, 1, 4).reshape(count * key_heads, -1, width)
-
-
-def _unstacked(x: torch.Tensor, count: int, longest: int, heads: int) -> torch.Tensor:
-    """The way back of `_stacked`: -> (rows, longest, heads x width)."""
-    return x.view(count, heads, longest, -1).transpose(1, 2).reshape(count, longest, -1)
-
-
-@lru_cache(maxsize=256)
-def causal_mask(longest: int, groups: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(groups x longest, longest): 0 where a token may look, minus infinity elsewhere."""
-    return torch.zeros((), dtype=dtype, device=device).masked_fill(~_seen(longest, window, device), float("-inf")).repeat(groups, 1)
-
-
-def _seen(longest: int, window: int | None, device: torch.device) -> torch.Tensor:
-    place = torch.arange(longest, device=device)
-    distance = place[:, None] - place[None, :]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+        return ctx.kernels.attend_back(ctx.how, ctx.saved_tensors, gradients[0]), None, None
 
 
 def _library_attention(
@@ -127,9 +79,11 @@ def _library_attention(
 ) -> torch.Tensor:
     count, heads, key_heads, width = len(rows.lengths), query.shape[1], key.shape[1], query.shape[3]
     lined = ((query, heads), (key, key_heads), (value, key_heads))
-    q, k, v = (rows.to_lines(_tokens_first(x)).view(count, rows.longest, n, width).transpose(1, 2) for x, n in lined)
+    q, k, v = (
+        rows.to_lines(x[0].transpose(0, 1).reshape(rows.tokens, -1)).view(count, rows.longest, n, width).transpose(1, 2) for x, n in lined
+    )
     if heads != key_heads:
         k, v = (x.repeat_interleave(heads // key_heads, dim=1) for x in (k, v))
-    mask = _seen(rows.longest, window, q.device) if window is not None else None
+    mask = seen(rows.longest, window, q.device) if window is not None else None
     answer = functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scale)
     return rows.from_lines(answer.transpose(1, 2).reshape(count, rows.longest, -1)).view(1, rows.tokens, heads, width)

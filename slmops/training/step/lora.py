@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 
+from slmops.training.step.kernels import Kernels
 from slmops.training.step.pairs import Adapted
 
 
@@ -81,31 +81,25 @@ class AdaptedMLP(torch.autograd.Function):
     """down(silu(gate(x)) * up(x)), gate and up stacked: (..., inputs) -> (..., outputs)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tick: torch.Tensor | None, gate_up: Adapted, down: Adapted) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, tick: torch.Tensor | None, gate_up: Adapted, down: Adapted, kernels: Kernels) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1]).to(gate_up.weight.dtype)
         both, h = forward(gate_up, flat)
-        gate, up = both.split(gate_up.widths, dim=-1)
-        active = functional.silu(gate)
-        inner = active * up
+        inner, saved = kernels.gate(both)
         y, h_down = forward(down, inner)
-        ctx.save_for_backward(flat, both, h, active, inner, h_down)
-        ctx.layers, ctx.shape, ctx.dtype = (gate_up, down), x.shape, x.dtype
+        ctx.save_for_backward(flat, h, inner, h_down, *saved)
+        ctx.layers, ctx.kernels, ctx.shape, ctx.dtype = (gate_up, down), kernels, x.shape, x.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, both, h, active, inner, h_down = ctx.saved_tensors
+        x, h, inner, h_down, *saved = ctx.saved_tensors
         gate_up, down = ctx.layers
         dy = gradients[0].reshape(len(x), -1).to(x.dtype)
         of_inner = backward(down, inner, h_down, dy, needs_x=True)
         assert of_inner is not None
-        gate, up = both.split(gate_up.widths, dim=-1)
-        of_both = torch.empty_like(both)
-        of_gate, of_up = of_both.split(gate_up.widths, dim=-1)
-        torch.mul(of_inner, active, out=of_up)
-        torch.ops.aten.silu_backward.grad_input(of_inner.mul_(up), gate, grad_input=of_gate)
+        of_both = ctx.kernels.gate_back(tuple(saved), of_inner)
         dx = backward(gate_up, x, h, of_both, needs_x=ctx.needs_input_grad[0])
-        return dx.view(ctx.shape).to(ctx.dtype) if dx is not None else None, of_tick(gate_up, down), None, None
+        return dx.view(ctx.shape).to(ctx.dtype) if dx is not None else None, of_tick(gate_up, down), None, None, None
 
 
 class Focus:

@@ -1,4 +1,4 @@
-"""RMSNorm forward and backward in few passes (Zhang and Sennrich, arXiv 1910.07467): y = x w / sqrt(mean(x^2) + eps)."""
+"""RMSNorm with a frozen weight, forward and backward."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ from typing import Any
 
 import torch
 
+from slmops.training.step.kernels import Kernels
+
 
 class FrozenRMSNorm(torch.autograd.Function):
-    """Normalize x (..., width) in fp32, with a frozen weight w (width); y is in x's precision."""
+    """Normalize x (..., width) with a frozen weight (width), whose precision y is in."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        wide = x.float()
-        inverse = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
-        normalized = wide * inverse
-        ctx.save_for_backward(normalized, inverse, weight)
-        ctx.dtype = x.dtype
-        return (normalized * weight).to(x.dtype)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, kernels: Kernels) -> torch.Tensor:
+        y, saved = kernels.normalize(x, weight, epsilon)
+        ctx.save_for_backward(*saved)
+        ctx.dtype, ctx.kernels = x.dtype, kernels
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        normalized, inverse, weight = ctx.saved_tensors
-        scaled = gradients[0].float() * weight
-        share = (scaled * normalized).mean(-1, keepdim=True)
-        return scaled.sub_(normalized * share).mul_(inverse).to(ctx.dtype), None, None
+        return ctx.kernels.normalize_back(ctx.dtype, ctx.saved_tensors, gradients[0]), None, None, None

@@ -13,8 +13,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from slmops.training.step.attention import LONGEST_BY_HAND, WINDOWS
+from slmops.training.step.attention import WINDOWS
 from slmops.training.step.block import AdaptedAttention
+from slmops.training.step.kernels import Attention, kernels_for
 from slmops.training.step.lora import AdaptedLinear, AdaptedMLP, Focus, stacked, tick_of
 from slmops.training.step.norms import FrozenRMSNorm
 from slmops.training.step.pairs import Adapted, Pair, PairStore
@@ -197,8 +198,10 @@ def _replace_mlp(module: nn.Module, first: Adapted, second: Adapted) -> bool:
     if [name for name, _ in module.named_children() if name not in (*_GATED, _DOWN, "act_fn", "activation_fn")]:
         return False
 
+    kernels = kernels_for(first.weight, *first.widths)
+
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return AdaptedMLP.apply(x, tick_of(first, second), first, second)
+        return AdaptedMLP.apply(x, tick_of(first, second), first, second, kernels)
 
     if not _same(module, forward, first.weight.shape[1], first.weight):
         return False
@@ -210,10 +213,10 @@ def _replace_norm(module: Any) -> bool:
     weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.requires_grad or not isinstance(epsilon, float) or weight.ndim != 1:
         return False
-    held = weight.data
+    held, kernels = weight.data, kernels_for(weight, len(weight))
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return FrozenRMSNorm.apply(x, held, epsilon)
+        return FrozenRMSNorm.apply(x, held, epsilon, kernels)
 
     if not _same(module, forward, len(held), held):
         return False
@@ -229,17 +232,18 @@ def _attention_of(module: Any, qkv: Adapted, out: Adapted) -> Callable[..., Any]
         return None
     heads = (qkv.widths[0] // width, qkv.widths[1] // width)
     scale, windows = getattr(module, "scaling", width**-0.5), []
-    own = module.forward
+    own, kernels = module.forward, kernels_for(qkv.weight, width)
 
     def forward(hidden_states: torch.Tensor, position_embeddings: Any = None, *args: Any, **kwargs: Any) -> Any:
         rows = kwargs.get(KEY)
         drops = module.training and getattr(module, "attention_dropout", 0.0)
-        if rows is None or rows.longest > LONGEST_BY_HAND or drops or position_embeddings is None:
+        if rows is None or rows.longest > kernels.longest_row or drops or position_embeddings is None:
             return own(hidden_states, position_embeddings, *args, **kwargs)
         cosines, sines = (x[0].index_select(0, rows.longest_tokens).float() for x in position_embeddings)
         window = windows[0] if windows else None
         seen = window if window is not None and window < rows.longest else None
-        z = AdaptedAttention.apply(hidden_states, tick_of(qkv, out), cosines, sines, rows, qkv, out, heads, scale, seen)
+        how = Attention(rows, heads, scale, seen, (cosines, sines))
+        z = AdaptedAttention.apply(hidden_states, tick_of(qkv, out), how, qkv, out, kernels)
         return z, None
 
     return forward if _same_attention(own, forward, qkv.weight, width, windows) else None

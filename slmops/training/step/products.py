@@ -15,14 +15,13 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-_LARGEST = 126
-"""Of a code: a scale is rounded to bf16, and the largest number must still not become 128."""
+from slmops.training.step.kernels import kernels_for
+from slmops.training.step.kernels.plain import ZERO
+
 BOUND = 0.05
 """Largest error of a product that int8 may make: normally distributed numbers give 0.011, gated and sparse ones 0.02 to 0.04."""
 _TOKENS_COUNTED = 0.9
 _SMALLEST = 1e-30
-_ZERO = 128
-_ROUNDING = 1.5 * 2**23 + _ZERO
 
 
 class Products(Protocol):
@@ -120,29 +119,14 @@ class Int8Matrix:
     """
 
     def __init__(self, matrix: torch.Tensor) -> None:
-        codes, scales = quantized(matrix.contiguous())
-        self.codes = torch.ops.onednn.qlinear_prepack(codes.bitwise_xor_(_ZERO).view(torch.int8), None)
+        self.kernels = kernels_for(matrix, *matrix.shape)
+        codes, scales = self.kernels.quantize(matrix.contiguous())
+        self.codes = torch.ops.onednn.qlinear_prepack(codes.bitwise_xor_(ZERO).view(torch.int8), None)
         self.scales = scales.flatten().float()
         self.zeros = torch.zeros(len(matrix), dtype=torch.int64)
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """Return x W' (tokens, rows) of x (tokens, columns), in the precision of x."""
-        codes, scales = quantized(x)
-        y = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, _ZERO, self.codes, self.scales, self.zeros, None, 1.0, 0, x.dtype, "none", [], ""
-        )
-        return y.mul_(scales)
-
-
-def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return codes from 0 to 255 (rows, columns) and scales (rows, 1), in the precision of x, which is about scales x (codes - 128).
-
-    oneDNN has a fast kernel for activations without a sign alone.
-    """
-    sizes = x.abs()
-    # Numbers without a sign are ordered as their bits are, and integers are compared four times as fast.
-    largest = sizes.view(torch.int16).amax(1, keepdim=True).view(x.dtype) if x.dtype == torch.bfloat16 else sizes.amax(1, keepdim=True)
-    scales = largest.mul_(1 / _LARGEST).clamp_(min=_SMALLEST)
-    wide = sizes.copy_(x) if x.dtype == torch.float32 else x.float()
-    # Beyond 2^23 a float is an integer: its last byte is the code, rounded.
-    return wide.mul_(scales.float().reciprocal()).add_(_ROUNDING).view(torch.int32).to(torch.uint8), scales
+        codes, scales = self.kernels.quantize(x)
+        y = torch.ops.onednn.qlinear_pointwise(codes, 1.0, ZERO, self.codes, self.scales, self.zeros, None, 1.0, 0, x.dtype, "none", [], "")
+        return self.kernels.scale(y, scales)

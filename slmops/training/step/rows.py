@@ -32,6 +32,10 @@ class Rows:
     multiple: int = 1
     shared: int = 0
     longest: int = field(init=False)
+    counts: torch.Tensor = field(init=False)
+    """(rows): the lengths."""
+    starts: torch.Tensor = field(init=False)
+    """(rows): where each row's own tokens begin, those behind the shared ones."""
     longest_tokens: torch.Tensor = field(init=False)
     """(longest): the tokens of a row that has so many."""
     real: int = field(init=False)
@@ -57,7 +61,9 @@ class Rows:
             standing = ((within < lengths) & ((within >= self.shared) | first)).flatten().nonzero().flatten()
             places = torch.cat([standing, torch.zeros(tokens - real, dtype=torch.long)])
         which = token[list(self.lengths).index(longest)]
-        values = {"longest": longest, "longest_tokens": which, "real": real, "tokens": tokens, "lines": lines, "places": places}
+        own_starts = (starts + self.shared).flatten()
+        values = {"longest": longest, "longest_tokens": which, "counts": lengths.flatten(), "starts": own_starts}
+        values |= {"real": real, "tokens": tokens, "lines": lines, "places": places}
         for name, value in values.items():
             object.__setattr__(self, name, value)
 

@@ -1,0 +1,502 @@
+// The pieces of a training step between its matrix products, in one pass each, forward and backward, in fp32 or bf16.
+//
+// What each computes is said in plain.py, which is what it is held against. Everything is computed in fp32; `compiled.py` calls the
+// functions at the end. Compiled by GCC or Clang for the processor at hand: vectors are those of their language extension, 16 numbers
+// each, which become whatever registers there are. Every sum has an order of its own that no number of threads changes.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int W = 16;  // numbers in a vector
+typedef float Floats __attribute__((vector_size(4 * W)));
+typedef int32_t Ints __attribute__((vector_size(4 * W)));
+typedef uint32_t Words __attribute__((vector_size(4 * W)));
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+typedef uint8_t Bytes __attribute__((vector_size(W)));
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline Floats load(const float* at) {
+    Floats x;
+    std::memcpy(&x, at, sizeof x);
+    return x;
+}
+
+inline Floats load(const BFloat16* at) {
+    Halves half;
+    std::memcpy(&half, at, sizeof half);
+    return (Floats)(__builtin_convertvector(half, Words) << 16);
+}
+
+inline void store(float* at, Floats x) { std::memcpy(at, &x, sizeof x); }
+
+// Rounded to the nearest, ties to even; what is no number stays none.
+inline Halves halved(Floats x) {
+#ifdef __AVX512BF16__
+    return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+    Words bits = (Words)x;
+    Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    Words number = (Words)(x == x);
+    return __builtin_convertvector((rounded & number) | (0x7fc0u & ~number), Halves);
+#endif
+}
+
+inline void store(BFloat16* at, Floats x) {
+    Halves half = halved(x);
+    std::memcpy(at, &half, sizeof half);
+}
+
+inline float wide(float x) { return x; }
+inline float wide(BFloat16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float y;
+    std::memcpy(&y, &bits, sizeof y);
+    return y;
+}
+inline void put(float* at, float x) { *at = x; }
+inline void put(BFloat16* at, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    at->bits = x == x ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : 0x7fc0;
+}
+
+inline Floats all(float x) { return x - Floats{}; }
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+
+inline float sum(Floats x) {
+    float s = 0;
+    for (int i = 0; i < W; i++) s += x[i];
+    return s;
+}
+
+inline float largest(Floats x) {
+    float s = x[0];
+    for (int i = 1; i < W; i++) s = std::max(s, x[i]);
+    return s;
+}
+
+// e^x to 2 units in the last place: Cody and Waite's reduction, the polynomial of Cephes' expf. What is no number stays none.
+inline Floats exponential(Floats exponent) {
+    Floats x = smaller(larger(exponent, all(-87.3f)), all(88.0f));
+    const Floats magic = all(12582912.0f);
+    Floats shifted = x * 1.44269504088896341f + magic;
+    Floats n = shifted - magic;
+    Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    Floats power = (Floats)((Ints)p + ((Ints)shifted << 23));
+    return exponent == exponent ? power : exponent;
+}
+
+inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// C (rows, columns) [+]= A (rows, inner) B (inner, columns); B and C in rows, A by any strides; columns a multiple of W.
+template <int M, int V>
+inline void tile(const float* a, long a_row, long a_inner, const float* b, long b_row, float* c, long c_row, long inner, bool add) {
+    Floats sums[M][V];
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) sums[m][v] = add ? load(c + m * c_row + v * W) : Floats{};
+    for (long k = 0; k < inner; k++) {
+        Floats line[V];
+        for (int v = 0; v < V; v++) line[v] = load(b + k * b_row + v * W);
+        for (int m = 0; m < M; m++) {
+            float x = a[m * a_row + k * a_inner];
+            for (int v = 0; v < V; v++) sums[m][v] += x * line[v];
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) store(c + m * c_row + v * W, sums[m][v]);
+}
+
+template <int M>
+inline void band(const float* a, long a_row, long a_inner, const float* b, long b_row, float* c, long c_row, long columns, long inner,
+                 bool add) {
+    long n = 0;
+    for (; n + 2 * W <= columns; n += 2 * W) tile<M, 2>(a, a_row, a_inner, b + n, b_row, c + n, c_row, inner, add);
+    if (n < columns) tile<M, 1>(a, a_row, a_inner, b + n, b_row, c + n, c_row, inner, add);
+}
+
+void product(const float* a, long a_row, long a_inner, const float* b, long b_row, float* c, long c_row, long rows, long columns,
+             long inner, bool add) {
+    long m = 0;
+    for (; m + 6 <= rows; m += 6) band<6>(a + m * a_row, a_row, a_inner, b, b_row, c + m * c_row, c_row, columns, inner, add);
+    for (; m + 2 <= rows; m += 2) band<2>(a + m * a_row, a_row, a_inner, b, b_row, c + m * c_row, c_row, columns, inner, add);
+    if (m < rows) band<1>(a + m * a_row, a_row, a_inner, b, b_row, c + m * c_row, c_row, columns, inner, add);
+}
+
+constexpr long BLOCK = 30;  // queries at a time
+
+inline long up(long n) { return (n + W - 1) / W * W; }
+
+// Rows that are joined, and how their tokens attend (`_Shape` in compiled.py).
+struct Shape {
+    const int64_t *lengths, *starts;  // of each row; of its own tokens, behind those that all rows share
+    const float *cosines, *sines;     // (longest row, width); null: nothing is turned
+    int64_t count, shared, real, tokens, queries, keys, width, window;  // window 0: there is none
+    float scale;
+    int threads;
+
+    long token(long row, long place) const { return place < shared ? place : starts[row] + place - shared; }
+    long stacked() const { return (queries + 2 * keys) * width; }
+    const float* cosine(long place) const { return cosines ? cosines + place * width : nullptr; }
+    const float* sine(long place) const { return sines ? sines + place * width : nullptr; }
+};
+
+template <class T>
+inline void widened(const T* x, long n, float* y) {
+    for (long i = 0; i < n; i += W) store(y + i, load(x + i));
+}
+
+// A head's vector in fp32, turned by its place: pairs (i, i + width / 2) by an angle each.
+template <class T>
+inline void turned(const T* x, const float* cosines, const float* sines, long width, float* y) {
+    if (!cosines) return widened(x, width, y);
+    long half = width / 2;
+    for (long i = 0; i < half; i++) {
+        float a = wide(x[i]), b = wide(x[half + i]);
+        y[i] = a * cosines[i] - b * sines[i];
+        y[half + i] = b * cosines[half + i] + a * sines[half + i];
+    }
+}
+
+template <class T>
+inline void turned_back(const float* x, const float* cosines, const float* sines, long width, T* y) {
+    if (!cosines) {
+        for (long i = 0; i < width; i += W) store(y + i, load(x + i));
+        return;
+    }
+    long half = width / 2;
+    for (long i = 0; i < half; i++) {
+        float a = x[i], b = x[half + i];
+        put(y + i, a * cosines[i] + b * sines[i]);
+        put(y + half + i, b * cosines[half + i] - a * sines[half + i]);
+    }
+}
+
+inline void transposed(const float* x, long rows, long columns, long padded, float* y) {
+    for (long j = 0; j < columns; j++) {
+        for (long i = 0; i < rows; i++) y[j * padded + i] = x[i * columns + j];
+        for (long i = rows; i < padded; i++) y[j * padded + i] = 0;
+    }
+}
+
+// Scores of queries at places from `first` to the probabilities of the keys that each sees, in place.
+void softmax(float* scores, long queries, long first, long padded, float scale, long window) {
+    Floats order;
+    for (int i = 0; i < W; i++) order[i] = i;
+    for (long q = 0; q < queries; q++) {
+        float* line = scores + q * padded;
+        float end = first + q + 1, begin = window > 0 ? std::max(0.0f, end - window) : 0;
+        Floats most = all(-INFINITY);
+        for (long j = 0; j < padded; j += W) {
+            Floats at = order + float(j), x = load(line + j) * scale;
+            x = (at < end) & (at >= begin) ? x : all(-INFINITY);
+            most = larger(most, x);
+            store(line + j, x);
+        }
+        float top = largest(most);
+        Floats total{};
+        for (long j = 0; j < padded; j += W) {
+            Floats at = order + float(j), e = exponential(load(line + j) - top);
+            e = (at < end) & (at >= begin) ? e : Floats{};
+            total += e;
+            store(line + j, e);
+        }
+        float inverse = 1 / sum(total);
+        for (long j = 0; j < padded; j += W) store(line + j, load(line + j) * inverse);
+    }
+}
+
+// Memory of a thread, kept from call to call.
+struct Scratch {
+    std::vector<float> held;
+    size_t at = 0;
+
+    void start(size_t numbers) {
+        if (held.size() < numbers) held.resize(numbers);
+        at = 0;
+    }
+    float* take(size_t numbers) {
+        at += numbers;
+        return held.data() + at - numbers;
+    }
+};
+thread_local Scratch scratch;
+
+// Keys, turned, and values of a row (length, width), and the keys' transpose (width, length filled up).
+template <class T>
+void read(const T* y, const Shape& s, long row, long key, float* k, float* turned_k, float* v) {
+    long length = s.lengths[row];
+    for (long i = 0; i < length; i++) {
+        const T* token = y + s.token(row, i) * s.stacked() + (s.queries + key) * s.width;
+        turned(token, s.cosine(i), s.sine(i), s.width, k + i * s.width);
+        widened(token + s.keys * s.width, s.width, v + i * s.width);
+    }
+    transposed(k, length, s.width, up(length), turned_k);
+}
+
+template <class T>
+void attend(const T* y, T* answer, const Shape& s) {
+    long width = s.width, groups = s.queries / s.keys, out = s.queries * width;
+#pragma omp parallel for schedule(dynamic) num_threads(s.threads) collapse(2)
+    for (long row = 0; row < s.count; row++)
+        for (long key = 0; key < s.keys; key++) {
+            long length = s.lengths[row], whole = up(length) * width;
+            scratch.start(3 * whole + BLOCK * (2 * width + up(length)));
+            float *k = scratch.take(whole), *turned_k = scratch.take(whole), *v = scratch.take(whole);
+            float *q = scratch.take(BLOCK * width), *o = scratch.take(BLOCK * width), *p = scratch.take(BLOCK * up(length));
+            read(y, s, row, key, k, turned_k, v);
+            for (long head = key * groups; head < (key + 1) * groups; head++)
+                for (long i = row ? s.shared : 0; i < length; i += BLOCK) {
+                    long n = std::min(BLOCK, length - i), seen = i + n, columns = up(seen);
+                    for (long m = 0; m < n; m++) {
+                        const T* token = y + s.token(row, i + m) * s.stacked();
+                        turned(token + head * width, s.cosine(i + m), s.sine(i + m), width, q + m * width);
+                    }
+                    product(q, width, 1, turned_k, up(length), p, columns, n, columns, width, false);
+                    softmax(p, n, i, columns, s.scale, s.window);
+                    product(p, columns, 1, v, width, o, width, n, width, seen, false);
+                    for (long m = 0; m < n; m++) {
+                        T* place = answer + s.token(row, i + m) * out + head * width;
+                        for (long d = 0; d < width; d += W) store(place + d, load(o + m * width + d));
+                    }
+                }
+        }
+    // Tokens of no row: numbers like others, for what looks at all tokens.
+    for (long i = s.real; i < s.tokens; i++) std::memcpy((void*)(answer + i * out), answer, out * sizeof(T));
+}
+
+// Of the probabilities' gradients (n, columns) those of the scores, in place.
+void softmax_back(const float* p, float* of_p, long n, long columns, float scale) {
+    for (long m = 0; m < n; m++) {
+        const float* line = p + m * columns;
+        float* of_line = of_p + m * columns;
+        Floats total{};
+        for (long j = 0; j < columns; j += W) total += load(line + j) * load(of_line + j);
+        float share = sum(total);
+        for (long j = 0; j < columns; j += W) store(of_line + j, load(line + j) * (load(of_line + j) - share) * scale);
+    }
+}
+
+// Gradients of a row's keys and values; those of shared tokens go to `of_shared` (count, shared, keys and values), to be summed.
+template <class T>
+void put_keys(const float* of_k, const float* of_v, T* of_y, float* of_shared, const Shape& s, long row, long key) {
+    for (long i = 0; i < s.lengths[row]; i++) {
+        const float *k = of_k + i * s.width, *v = of_v + i * s.width;
+        if (i < s.shared) {
+            float* place = of_shared + ((row * s.shared + i) * 2 * s.keys + key) * s.width;
+            turned_back(k, s.cosine(i), s.sine(i), s.width, place);
+            widened(v, s.width, place + s.keys * s.width);
+        } else {
+            T* place = of_y + s.token(row, i) * s.stacked() + (s.queries + key) * s.width;
+            turned_back(k, s.cosine(i), s.sine(i), s.width, place);
+            for (long d = 0; d < s.width; d += W) store(place + s.keys * s.width + d, load(v + d));
+        }
+    }
+}
+
+template <class T>
+void attend_back(const T* y, const T* of_answer, T* of_y, float* of_shared, const Shape& s) {
+    long width = s.width, groups = s.queries / s.keys, all = s.stacked(), out = s.queries * width, pairs = 2 * s.keys * width;
+#pragma omp parallel for schedule(dynamic) num_threads(s.threads) collapse(2)
+    for (long row = 0; row < s.count; row++)
+        for (long key = 0; key < s.keys; key++) {
+            long length = s.lengths[row], padded = up(length), whole = padded * width;
+            scratch.start(6 * whole + BLOCK * (3 * width + 2 * padded));
+            float *k = scratch.take(whole), *turned_k = scratch.take(whole), *v = scratch.take(whole), *turned_v = scratch.take(whole);
+            float *of_k = scratch.take(whole), *of_v = scratch.take(whole);
+            float *q = scratch.take(BLOCK * width), *of_q = scratch.take(BLOCK * width), *of_o = scratch.take(BLOCK * width);
+            float *p = scratch.take(BLOCK * padded), *of_p = scratch.take(BLOCK * padded);
+            read(y, s, row, key, k, turned_k, v);
+            transposed(v, length, width, padded, turned_v);
+            std::fill(of_k, of_k + whole, 0.0f);
+            std::fill(of_v, of_v + whole, 0.0f);
+            for (long head = key * groups; head < (key + 1) * groups; head++)
+                for (long i = row ? s.shared : 0; i < length; i += BLOCK) {
+                    long n = std::min(BLOCK, length - i), seen = i + n, columns = up(seen);
+                    for (long m = 0; m < n; m++) {
+                        long token = s.token(row, i + m);
+                        turned(y + token * all + head * width, s.cosine(i + m), s.sine(i + m), width, q + m * width);
+                        widened(of_answer + token * out + head * width, width, of_o + m * width);
+                    }
+                    product(q, width, 1, turned_k, padded, p, columns, n, columns, width, false);
+                    softmax(p, n, i, columns, s.scale, s.window);
+                    product(of_o, width, 1, turned_v, padded, of_p, columns, n, columns, width, false);
+                    product(p, 1, columns, of_o, width, of_v, width, seen, width, n, true);
+                    softmax_back(p, of_p, n, columns, s.scale);
+                    product(of_p, 1, columns, q, width, of_k, width, seen, width, n, true);
+                    product(of_p, columns, 1, k, width, of_q, width, n, width, seen, false);
+                    for (long m = 0; m < n; m++) {
+                        T* place = of_y + s.token(row, i + m) * all + head * width;
+                        turned_back(of_q + m * width, s.cosine(i + m), s.sine(i + m), width, place);
+                    }
+                }
+            put_keys(of_k, of_v, of_y, of_shared, s, row, key);
+        }
+    for (long i = 0; i < s.shared; i++)
+        for (long d = 0; d < pairs; d += W) {
+            Floats total{};
+            for (long row = 0; row < s.count; row++) total += load(of_shared + (row * s.shared + i) * pairs + d);
+            store(of_y + i * all + s.queries * width + d, total);
+        }
+    std::memset((void*)(of_y + s.real * all), 0, (s.tokens - s.real) * all * sizeof(T));
+}
+
+template <class X, class Y>
+void normalize(const X* x, const Y* weight, Y* y, float* inverse, long rows, long width, float epsilon, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long r = 0; r < rows; r++) {
+        const X* line = x + r * width;
+        Floats squares{};
+        for (long i = 0; i < width; i += W) {
+            Floats a = load(line + i);
+            squares += a * a;
+        }
+        float f = inverse[r] = 1 / std::sqrt(sum(squares) / width + epsilon);
+        for (long i = 0; i < width; i += W) store(y + r * width + i, load(line + i) * f * load(weight + i));
+    }
+}
+
+template <class X, class Y>
+void normalize_back(const X* x, const Y* weight, const float* inverse, const Y* of_y, X* of_x, long rows, long width, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long r = 0; r < rows; r++) {
+        const X* line = x + r * width;
+        const Y* of_line = of_y + r * width;
+        Floats total{};
+        for (long i = 0; i < width; i += W) total += load(of_line + i) * load(weight + i) * load(line + i);
+        float f = inverse[r], share = sum(total) / width * f * f;
+        for (long i = 0; i < width; i += W)
+            store(of_x + r * width + i, (load(of_line + i) * load(weight + i) - load(line + i) * share) * f);
+    }
+}
+
+// gate and up (rows, 2 width) -> silu(gate) * up (rows, width).
+template <class T>
+void gate(const T* both, T* inner, long rows, long width, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long r = 0; r < rows; r++) {
+        const T *gate = both + 2 * r * width, *up = gate + width;
+        for (long i = 0; i < width; i += W) {
+            Floats g = load(gate + i);
+            store(inner + r * width + i, g * sigmoid(g) * load(up + i));
+        }
+    }
+}
+
+template <class T>
+void gate_back(const T* both, const T* of_inner, T* of_both, long rows, long width, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long r = 0; r < rows; r++) {
+        const T *gate = both + 2 * r * width, *up = gate + width, *of = of_inner + r * width;
+        T *of_gate = of_both + 2 * r * width, *of_up = of_gate + width;
+        for (long i = 0; i < width; i += W) {
+            Floats g = load(gate + i), s = sigmoid(g), d = load(of + i);
+            store(of_up + i, d * g * s);
+            store(of_gate + i, d * load(up + i) * s * (1.0f + g * (1.0f - s)));
+        }
+    }
+}
+
+// Sizes are compared as integers, whose order is theirs, and in which what is no number is the largest.
+template <class T>
+void quantize(const T* x, uint8_t* codes, T* scales, long rows, long width, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long r = 0; r < rows; r++) {
+        const T* line = x + r * width;
+        Ints most{};
+        for (long i = 0; i < width; i += W) {
+            Ints size = (Ints)load(line + i) & 0x7fffffff;
+            most = size > most ? size : most;
+        }
+        int32_t bits = most[0];
+        for (int i = 1; i < W; i++) bits = std::max(bits, most[i]);
+        float largest;
+        std::memcpy(&largest, &bits, sizeof largest);
+        put(scales + r, std::max(largest / 126, 1e-30f));
+        float inverse = 1 / wide(scales[r]);
+        for (long i = 0; i < width; i += W) {
+            // Beyond 2^23 a float is an integer: its last byte is the code, rounded.
+            Words number = (Words)(load(line + i) * inverse + (12582912.0f + 128.0f));
+            Bytes code = __builtin_convertvector(number & 0xffu, Bytes);
+            std::memcpy(codes + r * width + i, &code, sizeof code);
+        }
+    }
+}
+
+template <class T>
+void scale(T* y, const T* scales, long rows, long width, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long r = 0; r < rows; r++)
+        for (long i = 0; i < width; i += W) store(y + r * width + i, load(y + r * width + i) * wide(scales[r]));
+}
+
+}  // namespace
+
+
+using Half = BFloat16;
+
+extern "C" {
+
+void slmops_normalize(int half_x, int half_y, const void* x, const void* weight, void* y, float* inverse, float epsilon, long rows,
+                      long width, int threads) {
+    if (half_x && half_y) normalize((const Half*)x, (const Half*)weight, (Half*)y, inverse, rows, width, epsilon, threads);
+    else if (half_x) normalize((const Half*)x, (const float*)weight, (float*)y, inverse, rows, width, epsilon, threads);
+    else if (half_y) normalize((const float*)x, (const Half*)weight, (Half*)y, inverse, rows, width, epsilon, threads);
+    else normalize((const float*)x, (const float*)weight, (float*)y, inverse, rows, width, epsilon, threads);
+}
+
+void slmops_normalize_back(int half_x, int half_y, const void* x, const void* weight, const float* inverse, const void* of_y, void* of_x,
+                           long rows, long width, int threads) {
+    if (half_x && half_y) normalize_back((const Half*)x, (const Half*)weight, inverse, (const Half*)of_y, (Half*)of_x, rows, width, threads);
+    else if (half_x) normalize_back((const Half*)x, (const float*)weight, inverse, (const float*)of_y, (Half*)of_x, rows, width, threads);
+    else if (half_y) normalize_back((const float*)x, (const Half*)weight, inverse, (const Half*)of_y, (float*)of_x, rows, width, threads);
+    else normalize_back((const float*)x, (const float*)weight, inverse, (const float*)of_y, (float*)of_x, rows, width, threads);
+}
+
+void slmops_gate(int half, const void* both, void* inner, long rows, long width, int threads) {
+    if (half) gate((const Half*)both, (Half*)inner, rows, width, threads);
+    else gate((const float*)both, (float*)inner, rows, width, threads);
+}
+
+void slmops_gate_back(int half, const void* both, const void* of_inner, void* of_both, long rows, long width, int threads) {
+    if (half) gate_back((const Half*)both, (const Half*)of_inner, (Half*)of_both, rows, width, threads);
+    else gate_back((const float*)both, (const float*)of_inner, (float*)of_both, rows, width, threads);
+}
+
+void slmops_attend(int half, const void* y, void* answer, const Shape* shape) {
+    if (half) attend((const Half*)y, (Half*)answer, *shape);
+    else attend((const float*)y, (float*)answer, *shape);
+}
+
+void slmops_attend_back(int half, const void* y, const void* of_answer, void* of_y, float* of_shared, const Shape* shape) {
+    if (half) attend_back((const Half*)y, (const Half*)of_answer, (Half*)of_y, of_shared, *shape);
+    else attend_back((const float*)y, (const float*)of_answer, (float*)of_y, of_shared, *shape);
+}
+
+void slmops_quantize(int half, const void* x, uint8_t* codes, void* scales, long rows, long width, int threads) {
+    if (half) quantize((const Half*)x, codes, (Half*)scales, rows, width, threads);
+    else quantize((const float*)x, codes, (float*)scales, rows, width, threads);
+}
+
+void slmops_scale(int half, void* y, const void* scales, long rows, long width, int threads) {
+    if (half) scale((Half*)y, (const Half*)scales, rows, width, threads);
+    else scale((float*)y, (const float*)scales, rows, width, threads);
+}
+}
