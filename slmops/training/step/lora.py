@@ -22,28 +22,17 @@ from slmops.training.step.pairs import Adapted
 
 
 def forward(layer: Adapted, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return y (tokens, outputs) and h = x A' (tokens, ranks) of x (tokens, inputs)."""
+    """Return y (tokens, outputs) of x (tokens, inputs), and h = x A' as the way back wants it."""
     y = layer.products.forward(x)
-    if layer.down_turned is None:
-        return y, None
-    h = x.mm(layer.down_turned)
-    for block in layer.blocks:
-        y[:, block.outputs].addmm_(h[:, block.ranks], block.up_turned, alpha=block.scale)
-    return y, h
+    return y, layer.store.kernels.add_pairs(layer, x, y) if layer.store is not None else None
 
 
 def backward(layer: Adapted, x: torch.Tensor, h: torch.Tensor | None, dy: torch.Tensor, *, needs_x: bool) -> torch.Tensor | None:
     """Add the pairs' gradients to their store's, and return that of x where it needs one."""
     dx = layer.products.backward(dy) if needs_x else None
-    if h is None or layer.down is None or layer.down_gradient is None:
-        return dx
-    for pair in layer.pairs:
-        pair.up_gradient.addmm_(dy[:, pair.outputs].t(), h[:, pair.ranks], alpha=pair.scale)
-    dh = torch.empty_like(h)
-    for block in layer.blocks:
-        dh[:, block.ranks].addmm_(dy[:, block.outputs], block.up, beta=0, alpha=block.scale)
-    layer.down_gradient.addmm_(dh.t(), x)
-    return dx.addmm_(dh, layer.down) if dx is not None else None
+    if h is not None and layer.store is not None:
+        layer.store.kernels.add_pairs_back(layer, x, h, dy, dx)
+    return dx
 
 
 def tick_of(*layers: Adapted) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from slmops.training.step.kernels import PLAIN, Kernels, kernels_for
 from slmops.training.step.products import Plain, Products
 
 # One product with zeros in it is faster than several small ones up to this size of B: 86 us in place of 108 for q, k and v of a layer
@@ -38,6 +39,8 @@ class Pair:
     scale: float
     outputs: slice
     ranks: slice = field(default_factory=lambda: slice(0))
+    places: tuple[int, int] = (0, 0)
+    """Where A and B begin in the store's parameter."""
     up_gradient: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -69,13 +72,16 @@ class Adapted:
     widths: tuple[int, ...]
     pairs: list[Pair]
     down: torch.Tensor | None = None
-    """A of all pairs, stacked, (ranks, inputs), in the precision of the products; None without pairs."""
+    """A of all pairs, stacked, (ranks, inputs), ready for the products; None without pairs."""
     down_turned: torch.Tensor | None = None
     """Its transpose: making a view anew at each step costs as much as a small product."""
     down_gradient: torch.Tensor | None = None
     blocks: list[Block] = field(default_factory=list)
     """B of all pairs: one for the layer, or one for each pair."""
     store: PairStore | None = None
+    """None without pairs."""
+    described: Any = None
+    """What the kernels have told their library of the pairs."""
     products: Products = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,14 +93,16 @@ class PairStore:
 
     Args:
         layers: that hold them.
+        kernels: that multiply with them.
     """
 
-    def __init__(self, layers: Sequence[Adapted]) -> None:
+    def __init__(self, layers: Sequence[Adapted], kernels: Kernels) -> None:
         held = [layer for layer in layers if layer.pairs]
+        self.kernels = kernels
         self.members = [x for layer in held for x in (*(p.a for p in layer.pairs), *(p.b for p in layer.pairs))]
-        dtype = held[0].weight.dtype
         self.parameter = nn.Parameter(torch.cat([x.detach().flatten().float() for x in self.members]))
-        self.ready = torch.zeros_like(self.parameter, dtype=dtype).detach()
+        wide = self.kernels.wide_pairs
+        self.ready = self.parameter.data if wide else torch.zeros_like(self.parameter, dtype=held[0].weight.dtype).detach()
         self.gradient = torch.zeros_like(self.ready)
         self.tick: torch.Tensor | None = None
         self.nothing = torch.zeros((), device=self.parameter.device)
@@ -114,19 +122,22 @@ class PairStore:
             layer.down_gradient = self.gradient[at : at + rank * inputs].view(rank, inputs)
             row = 0
             for pair in layer.pairs:
+                pair.places = (at, 0)
                 pair.a.data = self.parameter.data[at : at + pair.a.numel()].view(pair.a.shape)
                 pair.ranks = slice(row, row + pair.a.shape[0])
                 row += pair.a.shape[0]
                 at += pair.a.numel()
             ready: list[torch.Tensor] = []
             for pair in layer.pairs:
+                pair.places = (pair.places[0], at)
                 pair.b.data = self.parameter.data[at : at + pair.b.numel()].view(pair.b.shape)
                 ready.append(self.ready[at : at + pair.b.numel()].view(pair.b.shape))
                 pair.up_gradient = self.gradient[at : at + pair.b.numel()].view(pair.b.shape)
                 at += pair.b.numel()
                 pair.a.requires_grad_(False)
                 pair.b.requires_grad_(False)
-            self._stack(layer, ready)
+            if not self.kernels.wide_pairs:
+                self._stack(layer, ready)
 
     def _stack(self, layer: Adapted, ready: list[torch.Tensor]) -> None:
         """Make the blocks of a layer from B of its pairs, (outputs, rank) each."""
@@ -142,7 +153,8 @@ class PairStore:
     def begin(self) -> None:
         """Make the pairs ready for one pass through the model."""
         with torch.no_grad():
-            self.ready.copy_(self.parameter)
+            if not self.kernels.wide_pairs:
+                self.ready.copy_(self.parameter)
             for place, b, scale in self.copied:
                 place.copy_(b)
                 if scale != 1.0:
@@ -160,6 +172,12 @@ class PairStore:
         for member in self.members:
             member.data = member.data.clone()
             member.requires_grad_(True)
+
+
+def kernels_of(layers: Sequence[Adapted]) -> Kernels:
+    """Return what multiplies with the pairs of layers: one for all, as they stand in one parameter."""
+    found = [kernels_for(layer.weight, layer.weight.shape[1], *layer.widths) for layer in layers if layer.pairs]
+    return found[0] if found and all(each is found[0] for each in found) else PLAIN
 
 
 class _Tick(torch.autograd.Function):

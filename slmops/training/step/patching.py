@@ -18,7 +18,7 @@ from slmops.training.step.block import AdaptedAttention
 from slmops.training.step.kernels import Attention, kernels_for
 from slmops.training.step.lora import AdaptedLinear, AdaptedMLP, Focus, stacked, tick_of
 from slmops.training.step.norms import FrozenRMSNorm
-from slmops.training.step.pairs import Adapted, Pair, PairStore
+from slmops.training.step.pairs import Adapted, Pair, PairStore, kernels_of
 from slmops.training.step.rows import KEY, Rows
 
 _QKV, _OUT = ("q_proj", "k_proj", "v_proj"), "o_proj"
@@ -74,7 +74,7 @@ def speed_up(model: nn.Module) -> Patched:
                 read.append((module, (), "", layer, None))
     patched.layers = [layer for _, _, _, *both in read for layer in both if layer is not None]
     if any(layer.pairs for layer in patched.layers):
-        patched.store = PairStore(patched.layers)
+        patched.store = PairStore(patched.layers, kernels_of(patched.layers))
         patched.store.begin()
     for module, names, last, first, second in read:
         _replace(patched, module, names, last, first, second)

@@ -16,7 +16,7 @@ from slmops.training.step.kernels.compiled import CompiledKernels, disagreement,
 from slmops.training.step.kernels.compiling import NotCompiled, library
 from slmops.training.step.kernels.plain import Attention, Kernels
 
-__all__ = ["Attention", "Kernels", "kernels_for", "why_not_compiled"]
+__all__ = ["PLAIN", "Attention", "Kernels", "kernels_for", "why_not_compiled"]
 
 SWITCH = "SLMOPS_KERNELS"
 """Environment variable: `pytorch` keeps to PyTorch's operators."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from slmops.training.step.kernels.plain import Attention, Kernels, Saved
-from slmops.training.step.rows import Rows
+from slmops.training.step.rows import Rows, rounded_up
+
+if TYPE_CHECKING:
+    from slmops.training.step.pairs import Adapted
 
 _VECTOR = 16
 """Numbers that are taken at a time: widths are multiples of it."""
 _HALF = {torch.float32: 0, torch.bfloat16: 1}
 """How the library is told a precision."""
+_PAIRS = ((4, 2.0, slice(0, 48)), (20, 0.5, slice(48, 96)))
+"""That are tried: rank, scale, outputs."""
 # Largest error of an answer, relative to its largest number, that the order of sums and the precision make.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
 
@@ -31,6 +36,18 @@ class _Shape(ctypes.Structure):
     ]
 
 
+class _Pair(ctypes.Structure):
+    """What `Pair` is there."""
+
+    _fields_ = [*((name, _Long) for name in ("a", "b", "rank", "output", "outputs")), ("scale", _Float)]
+
+
+class _Layer(ctypes.Structure):
+    """What `Layer` is there."""
+
+    _fields_ = [("pairs", ctypes.POINTER(_Pair)), *((name, _Long) for name in ("count", "inputs", "outputs", "ranks", "filled"))]
+
+
 class CompiledKernels(Kernels):
     """One pass of our own for each piece; for tensors that `fits`.
 
@@ -41,6 +58,7 @@ class CompiledKernels(Kernels):
     name = "compiled"
     longest_row = 1024
     holds_scores = False
+    wide_pairs = True
 
     def __init__(self, library: ctypes.CDLL) -> None:
         def function(name: str, *arguments: type) -> Any:
@@ -49,6 +67,9 @@ class CompiledKernels(Kernels):
             return found
 
         rows, place = (_Long, _Long, _Int), _Pointer
+        layer = ctypes.POINTER(_Layer)
+        self._add_pairs = function("add_pairs", _Int, place, place, place, place, layer, _Long, _Int)
+        self._add_pairs_back = function("add_pairs_back", _Int, *[place] * 6, layer, _Long, _Int)
         self._normalize = function("normalize", _Int, _Int, place, place, place, place, _Float, *rows)
         self._normalize_back = function("normalize_back", _Int, _Int, place, place, place, place, place, *rows)
         self._gate = function("gate", _Int, place, place, *rows)
@@ -57,6 +78,23 @@ class CompiledKernels(Kernels):
         self._attend_back = function("attend_back", _Int, place, place, place, place, ctypes.POINTER(_Shape))
         self._quantize = function("quantize", _Int, place, place, place, *rows)
         self._scale = function("scale", _Int, place, place, *rows)
+
+    def add_pairs(self, layer: Adapted, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """See `Kernels`."""
+        store, (said, filled), x = layer.store, _described(layer), x.contiguous()
+        assert store is not None
+        h = torch.empty(len(x), filled)
+        places = x.data_ptr(), y.data_ptr(), h.data_ptr(), store.parameter.data_ptr()
+        self._add_pairs(_HALF[x.dtype], *places, said, len(x), torch.get_num_threads())
+        return h
+
+    def add_pairs_back(self, layer: Adapted, x: torch.Tensor, h: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor | None) -> None:
+        """See `Kernels`."""
+        store, (said, _), x, dy = layer.store, _described(layer), x.contiguous(), dy.contiguous()
+        assert store is not None
+        to = dx.data_ptr() if dx is not None else None
+        places = x.data_ptr(), h.data_ptr(), dy.data_ptr(), to, store.gradient.data_ptr(), store.parameter.data_ptr()
+        self._add_pairs_back(_HALF[x.dtype], *places, said, len(x), torch.get_num_threads())
 
     def normalize(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, Saved]:
         """See `Kernels`."""
@@ -137,33 +175,65 @@ def _shape(y: torch.Tensor, how: Attention) -> _Shape:
     return _Shape(*places, *sizes, how.scale, torch.get_num_threads())
 
 
+def _described(layer: Adapted) -> tuple[Any, int]:
+    """Return a layer's pairs as the library wants them, and the numbers of a token's line of h."""
+    if layer.described is None:
+        sizes = [(*pair.places, len(pair.a), pair.outputs.start, pair.outputs.stop - pair.outputs.start) for pair in layer.pairs]
+        pairs = (_Pair * len(sizes))(*(_Pair(*size, pair.scale) for size, pair in zip(sizes, layer.pairs, strict=True)))
+        ranks, last = sum(len(pair.a) for pair in layer.pairs), len(layer.pairs[-1].a)
+        filled = rounded_up(ranks - last + rounded_up(last, _VECTOR), _VECTOR)
+        outputs, inputs = layer.weight.shape
+        layer.described = ctypes.pointer(_Layer(pairs, len(pairs), inputs, outputs, ranks, filled)), filled
+    return layer.described
+
+
 @torch.no_grad()
 def disagreement(kernels: Kernels) -> str | None:
     """Say which piece gives other numbers than PyTorch's operators on random ones; None where all agree."""
-    generator, plain = torch.Generator().manual_seed(0), Kernels()
+    for precision in _HALF:
+        ours, theirs = _pieces(kernels, precision), _pieces(Kernels(), precision)
+        for name, right in theirs.items():
+            if not float((ours[name].float() - right.float()).abs().max()) <= _TOLERANCE[precision] * float(right.abs().max()):
+                return f"the compiled kernels are off ({name}, {precision}): PyTorch's operators are used; please report it"
+    return None
+
+
+def _pieces(kernels: Kernels, precision: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return what each piece makes of the same random numbers, there and back."""
+    generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
+    x, y, both = (random(25, width).to(precision) for width in (64, 96, 128))
+    normalized, of_norm = kernels.normalize(x, random(64).to(precision), 1e-5)
+    gated, of_gate = kernels.gate(both)
     angles = random(11, 16).repeat(1, 2)
-    rows = Rows([7, 11, 3], 16, shared=2)
-    how = Attention(rows, (4, 2), 0.3, 5, (angles.cos(), angles.sin()))
-    for precision in _HALF:
-        x, weight = random(5, 64).to(precision), random(64).to(precision)
-        both, y = random(5, 128).to(precision), random(rows.tokens, 8 * 32).to(precision)
-        of_inner, of_answer = random(5, 64).to(precision), random(rows.tokens, 4 * 32).to(precision)
-        of_answer[rows.real :] = 0
-        found = []
-        for each in (kernels, plain):
-            normalized, gated, attended = each.normalize(x, weight, 1e-5), each.gate(both), each.attend(y, how)
-            codes, scales = each.quantize(x)
-            back = each.normalize_back(x.dtype, normalized[1], x), each.gate_back(gated[1], of_inner.clone())
-            of_y = each.attend_back(how, attended[1], of_answer)
-            read = (codes.float() - 128) * scales.float()
-            found.append((normalized[0], *back, gated[0], attended[0], of_y, read, each.scale(x.clone(), scales)))
-        names = ("norm", "norm back", "gated layer back", "gated layer", "attention", "attention back", "codes", "scales")
-        for name, ours, theirs in zip(names, *found, strict=True):
-            bound = _TOLERANCE[precision] * float(theirs.abs().max()) if name != "codes" else 1.01 * float(scales.float().max())
-            if not float((ours.float() - theirs.float()).abs().max()) <= bound:
-                return f"the compiled kernels are off ({name}, {precision}): PyTorch's operators are used; please report it"
-    return None
+    how = Attention(Rows([7, 11, 3], 16, shared=2), (4, 2), 0.3, 5, (angles.cos(), angles.sin()))
+    attended, of_attention = kernels.attend(random(how.rows.tokens, 8 * 32).to(precision), how)
+    of_attended = random(how.rows.tokens, 4 * 32).to(precision)
+    of_attended[how.rows.real :] = 0
+    codes, scales = kernels.quantize(x)
+    found = {
+        "norm": normalized,
+        "norm back": kernels.normalize_back(precision, of_norm, x),
+        "gated layer": gated,
+        "gated layer back": kernels.gate_back(of_gate, x.clone()),
+        "attention": attended,
+        "attention back": kernels.attend_back(how, of_attention, of_attended),
+        "codes": codes.float() - 128,
+        "scales": kernels.scale(x.clone(), scales),
+    }
+    from slmops.training.step.pairs import Adapted, Pair, PairStore
+
+    pairs = [Pair(_parameter(random(rank, 64)), _parameter(random(48, rank)), scale, at) for rank, scale, at in _PAIRS]
+    layer = Adapted(torch.zeros(96, 64, dtype=precision), None, (48, 48), pairs)
+    store = PairStore([layer], kernels)
+    store.begin()
+    h = kernels.add_pairs(layer, x, y)
+    kernels.add_pairs_back(layer, x, h, y, dx := torch.zeros_like(x))
+    return found | {"pairs": y, "pairs back": dx, "gradient of pairs": store.gradient}
+
+
+def _parameter(x: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(x, requires_grad=False)

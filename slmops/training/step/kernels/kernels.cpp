@@ -106,9 +106,14 @@ inline Floats exponential(Floats exponent) {
 
 inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// C (rows, columns) [+]= A (rows, inner) B (inner, columns); B and C in rows, A by any strides; columns a multiple of W.
-template <int M, int V>
-inline void tile(const float* a, long a_row, long a_inner, const float* b, long b_row, float* c, long c_row, long inner, bool add) {
+// Of a matrix's elements: from one row to the next, and along the sums of a product.
+struct Strides {
+    long row, inner;
+};
+
+// C (rows, columns) [+]= A (rows, inner) B (inner, columns); B and C in rows, columns a multiple of W.
+template <int M, int V, class C>
+inline void tile(const float* a, Strides by, const float* b, long b_row, C* c, long c_row, long inner, bool add) {
     Floats sums[M][V];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) sums[m][v] = add ? load(c + m * c_row + v * W) : Floats{};
@@ -116,7 +121,7 @@ inline void tile(const float* a, long a_row, long a_inner, const float* b, long 
         Floats line[V];
         for (int v = 0; v < V; v++) line[v] = load(b + k * b_row + v * W);
         for (int m = 0; m < M; m++) {
-            float x = a[m * a_row + k * a_inner];
+            float x = a[m * by.row + k * by.inner];
             for (int v = 0; v < V; v++) sums[m][v] += x * line[v];
         }
     }
@@ -124,20 +129,19 @@ inline void tile(const float* a, long a_row, long a_inner, const float* b, long 
         for (int v = 0; v < V; v++) store(c + m * c_row + v * W, sums[m][v]);
 }
 
-template <int M>
-inline void band(const float* a, long a_row, long a_inner, const float* b, long b_row, float* c, long c_row, long columns, long inner,
-                 bool add) {
+template <int M, class C>
+inline void band(const float* a, Strides by, const float* b, long b_row, C* c, long c_row, long columns, long inner, bool add) {
     long n = 0;
-    for (; n + 2 * W <= columns; n += 2 * W) tile<M, 2>(a, a_row, a_inner, b + n, b_row, c + n, c_row, inner, add);
-    if (n < columns) tile<M, 1>(a, a_row, a_inner, b + n, b_row, c + n, c_row, inner, add);
+    for (; n + 2 * W <= columns; n += 2 * W) tile<M, 2>(a, by, b + n, b_row, c + n, c_row, inner, add);
+    if (n < columns) tile<M, 1>(a, by, b + n, b_row, c + n, c_row, inner, add);
 }
 
-void product(const float* a, long a_row, long a_inner, const float* b, long b_row, float* c, long c_row, long rows, long columns,
-             long inner, bool add) {
+template <class C>
+void product(const float* a, Strides by, const float* b, long b_row, C* c, long c_row, long rows, long columns, long inner, bool add) {
     long m = 0;
-    for (; m + 6 <= rows; m += 6) band<6>(a + m * a_row, a_row, a_inner, b, b_row, c + m * c_row, c_row, columns, inner, add);
-    for (; m + 2 <= rows; m += 2) band<2>(a + m * a_row, a_row, a_inner, b, b_row, c + m * c_row, c_row, columns, inner, add);
-    if (m < rows) band<1>(a + m * a_row, a_row, a_inner, b, b_row, c + m * c_row, c_row, columns, inner, add);
+    for (; m + 6 <= rows; m += 6) band<6>(a + m * by.row, by, b, b_row, c + m * c_row, c_row, columns, inner, add);
+    for (; m + 2 <= rows; m += 2) band<2>(a + m * by.row, by, b, b_row, c + m * c_row, c_row, columns, inner, add);
+    if (m < rows) band<1>(a + m * by.row, by, b, b_row, c + m * c_row, c_row, columns, inner, add);
 }
 
 constexpr long BLOCK = 30;  // queries at a time
@@ -269,9 +273,9 @@ void attend(const T* y, T* answer, const Shape& s) {
                         const T* token = y + s.token(row, i + m) * s.stacked();
                         turned(token + head * width, s.cosine(i + m), s.sine(i + m), width, q + m * width);
                     }
-                    product(q, width, 1, turned_k, up(length), p, columns, n, columns, width, false);
+                    product(q, {width, 1}, turned_k, up(length), p, columns, n, columns, width, false);
                     softmax(p, n, i, columns, s.scale, s.window);
-                    product(p, columns, 1, v, width, o, width, n, width, seen, false);
+                    product(p, {columns, 1}, v, width, o, width, n, width, seen, false);
                     for (long m = 0; m < n; m++) {
                         T* place = answer + s.token(row, i + m) * out + head * width;
                         for (long d = 0; d < width; d += W) store(place + d, load(o + m * width + d));
@@ -335,13 +339,13 @@ void attend_back(const T* y, const T* of_answer, T* of_y, float* of_shared, cons
                         turned(y + token * all + head * width, s.cosine(i + m), s.sine(i + m), width, q + m * width);
                         widened(of_answer + token * out + head * width, width, of_o + m * width);
                     }
-                    product(q, width, 1, turned_k, padded, p, columns, n, columns, width, false);
+                    product(q, {width, 1}, turned_k, padded, p, columns, n, columns, width, false);
                     softmax(p, n, i, columns, s.scale, s.window);
-                    product(of_o, width, 1, turned_v, padded, of_p, columns, n, columns, width, false);
-                    product(p, 1, columns, of_o, width, of_v, width, seen, width, n, true);
+                    product(of_o, {width, 1}, turned_v, padded, of_p, columns, n, columns, width, false);
+                    product(p, {1, columns}, of_o, width, of_v, width, seen, width, n, true);
                     softmax_back(p, of_p, n, columns, s.scale);
-                    product(of_p, 1, columns, q, width, of_k, width, seen, width, n, true);
-                    product(of_p, columns, 1, k, width, of_q, width, n, width, seen, false);
+                    product(of_p, {1, columns}, q, width, of_k, width, seen, width, n, true);
+                    product(of_p, {columns, 1}, k, width, of_q, width, n, width, seen, false);
                     for (long m = 0; m < n; m++) {
                         T* place = of_y + s.token(row, i + m) * all + head * width;
                         turned_back(of_q + m * width, s.cosine(i + m), s.sine(i + m), width, place);
@@ -447,6 +451,144 @@ void scale(T* y, const T* scales, long rows, long width, int threads) {
         for (long i = 0; i < width; i += W) store(y + r * width + i, load(y + r * width + i) * wide(scales[r]));
 }
 
+// One of the pairs of a layer, A (rank, inputs) and B (outputs, rank): where they stand among all pairs' numbers (`_Pair` in compiled.py).
+struct Pair {
+    int64_t a, b, rank, output, outputs;
+    float scale;
+};
+
+// The pairs of a layer; A of one stands behind A of the other (`_Layer` in compiled.py).
+struct Layer {
+    const Pair* pairs;
+    int64_t count, inputs, outputs, ranks, filled;  // ranks: of all pairs; filled: numbers of a line that has room for each pair's vectors
+};
+
+constexpr long TOKENS = 12;   // at a time, where a layer goes through its tokens
+constexpr long COLUMNS = 96;  // at a time, where it goes through its inputs or outputs
+constexpr long LINES = 256;   // tokens whose columns are held in fp32
+
+template <class T>
+inline void block(const T* x, long row, long rows, long columns, float* y) {
+    for (long r = 0; r < rows; r++) widened(x + r * row, columns, y + r * columns);
+}
+
+// Memory of the thread that calls, for what all threads read.
+float* panel(size_t numbers) {
+    thread_local std::vector<float> held;
+    if (held.size() < numbers) held.resize(numbers);
+    return held.data();
+}
+
+// h = s x A' (tokens, filled), y += h B'.
+template <class T>
+void add_pairs(const T* x, T* y, float* h, const float* numbers, const Layer& layer, long tokens, int threads) {
+    long inputs = layer.inputs, filled = layer.filled, ups = 0;
+    for (long p = 0; p < layer.count; p++) ups += layer.pairs[p].rank * layer.pairs[p].outputs;
+    float *down = panel(inputs * filled + ups), *first_up = down + inputs * filled;
+#pragma omp parallel num_threads(threads)
+    {
+        float* of_pair = first_up;
+        for (long p = 0, at = 0; p < layer.count; at += layer.pairs[p++].rank) {
+            const Pair& pair = layer.pairs[p];
+#pragma omp for schedule(static) nowait
+            for (long j = 0; j < inputs; j++)
+                for (long i = 0; i < pair.rank; i++) down[j * filled + at + i] = numbers[pair.a + i * inputs + j] * pair.scale;
+#pragma omp for schedule(static) nowait
+            for (long j = 0; j < pair.outputs; j += W)
+                for (long i = 0; i < pair.rank; i++)
+                    for (long k = j; k < j + W; k++) of_pair[i * pair.outputs + k] = numbers[pair.b + k * pair.rank + i];
+            of_pair += pair.rank * pair.outputs;
+        }
+#pragma omp for schedule(static)
+        for (long j = 0; j < inputs; j++)
+            for (long i = layer.ranks; i < filled; i++) down[j * filled + i] = 0;
+#pragma omp for schedule(static)
+        for (long t = 0; t < tokens; t += TOKENS) {
+            long n = std::min(TOKENS, tokens - t);
+            scratch.start(TOKENS * inputs);
+            float *wide = scratch.take(TOKENS * inputs), *lines = h + t * filled;
+            block(x + t * inputs, inputs, n, inputs, wide);
+            product(wide, {inputs, 1}, down, filled, lines, filled, n, filled, inputs, false);
+            const float* up_at = first_up;
+            for (long p = 0, at = 0; p < layer.count; at += layer.pairs[p++].rank) {
+                const Pair& pair = layer.pairs[p];
+                T* place = y + t * layer.outputs + pair.output;
+                product(lines + at, {filled, 1}, up_at, pair.outputs, place, layer.outputs, n, pair.outputs, pair.rank, true);
+                up_at += pair.rank * pair.outputs;
+            }
+        }
+    }
+}
+
+// The gradients of A and B, added to all pairs' (`found`), and dx += s dy B A.
+template <class T>
+void add_pairs_back(const T* x, const float* h, const T* of_y, T* of_x, float* found, const float* numbers, const Layer& layer, long tokens,
+                    int threads) {
+    long inputs = layer.inputs, filled = layer.filled, ups = 0;
+    for (long p = 0; p < layer.count; p++) ups += layer.pairs[p].outputs * up(layer.pairs[p].rank);
+    float *first_up = panel(ups + tokens * filled), *of_h = first_up + ups;
+#pragma omp parallel num_threads(threads)
+    {
+        float* of_pair = first_up;
+        for (long p = 0; p < layer.count; p++) {
+            const Pair& pair = layer.pairs[p];
+            long wide = up(pair.rank);
+#pragma omp for schedule(static) nowait
+            for (long j = 0; j < pair.outputs; j++) {
+                for (long i = 0; i < pair.rank; i++) of_pair[j * wide + i] = numbers[pair.b + j * pair.rank + i] * pair.scale;
+                for (long i = pair.rank; i < wide; i++) of_pair[j * wide + i] = 0;
+            }
+            of_pair += pair.outputs * wide;
+        }
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (long t = 0; t < tokens; t += TOKENS) {
+            long n = std::min(TOKENS, tokens - t);
+            scratch.start(TOKENS * layer.outputs);
+            float *wide = scratch.take(TOKENS * layer.outputs), *lines = of_h + t * filled;
+            const float* up_at = first_up;
+            // What is written behind a pair's ranks, the next one overwrites.
+            for (long p = 0, at = 0; p < layer.count; at += layer.pairs[p++].rank) {
+                const Pair& pair = layer.pairs[p];
+                long columns = up(pair.rank);
+                block(of_y + t * layer.outputs + pair.output, layer.outputs, n, pair.outputs, wide);
+                product(wide, {pair.outputs, 1}, up_at, columns, lines + at, filled, n, columns, pair.outputs, false);
+                up_at += pair.outputs * columns;
+            }
+            if (of_x)
+                product(lines, {filled, 1}, numbers + layer.pairs[0].a, inputs, of_x + t * inputs, inputs, n, inputs, layer.ranks, true);
+        }
+        for (long p = 0, at = 0; p < layer.count; at += layer.pairs[p++].rank) {
+            const Pair& pair = layer.pairs[p];
+            long columns = up(pair.rank);
+#pragma omp for schedule(static) nowait
+            for (long j = 0; j < pair.outputs; j += COLUMNS) {
+                long c = std::min(COLUMNS, pair.outputs - j);
+                scratch.start(LINES * COLUMNS + COLUMNS * columns);
+                float *wide = scratch.take(LINES * COLUMNS), *sums = scratch.take(COLUMNS * columns);
+                for (long t = 0; t < tokens; t += LINES) {
+                    long n = std::min(LINES, tokens - t);
+                    block(of_y + t * layer.outputs + pair.output + j, layer.outputs, n, c, wide);
+                    product(wide, {1, c}, h + t * filled + at, filled, sums, columns, c, columns, n, t > 0);
+                }
+                for (long m = 0; m < c; m++)
+                    for (long i = 0; i < pair.rank; i++) found[pair.b + (j + m) * pair.rank + i] += sums[m * columns + i];
+            }
+        }
+#pragma omp for schedule(static)
+        for (long k = 0; k < inputs; k += COLUMNS) {
+            long c = std::min(COLUMNS, inputs - k);
+            scratch.start(LINES * COLUMNS);
+            float* wide = scratch.take(LINES * COLUMNS);
+            for (long t = 0; t < tokens; t += LINES) {
+                long n = std::min(LINES, tokens - t);
+                block(x + t * inputs + k, inputs, n, c, wide);
+                product(of_h + t * filled, {1, filled}, wide, c, found + layer.pairs[0].a + k, inputs, layer.ranks, c, n, true);
+            }
+        }
+    }
+}
+
 }  // namespace
 
 
@@ -464,10 +606,14 @@ void slmops_normalize(int half_x, int half_y, const void* x, const void* weight,
 
 void slmops_normalize_back(int half_x, int half_y, const void* x, const void* weight, const float* inverse, const void* of_y, void* of_x,
                            long rows, long width, int threads) {
-    if (half_x && half_y) normalize_back((const Half*)x, (const Half*)weight, inverse, (const Half*)of_y, (Half*)of_x, rows, width, threads);
-    else if (half_x) normalize_back((const Half*)x, (const float*)weight, inverse, (const float*)of_y, (Half*)of_x, rows, width, threads);
-    else if (half_y) normalize_back((const float*)x, (const Half*)weight, inverse, (const Half*)of_y, (float*)of_x, rows, width, threads);
-    else normalize_back((const float*)x, (const float*)weight, inverse, (const float*)of_y, (float*)of_x, rows, width, threads);
+    auto run = [&](auto* of, const auto* w) {
+        auto* in = (decltype(of))x;
+        normalize_back(in, w, inverse, (decltype(w))of_y, of, rows, width, threads);
+    };
+    if (half_x && half_y) run((Half*)of_x, (const Half*)weight);
+    else if (half_x) run((Half*)of_x, (const float*)weight);
+    else if (half_y) run((float*)of_x, (const Half*)weight);
+    else run((float*)of_x, (const float*)weight);
 }
 
 void slmops_gate(int half, const void* both, void* inner, long rows, long width, int threads) {
@@ -498,5 +644,16 @@ void slmops_quantize(int half, const void* x, uint8_t* codes, void* scales, long
 void slmops_scale(int half, void* y, const void* scales, long rows, long width, int threads) {
     if (half) scale((Half*)y, (const Half*)scales, rows, width, threads);
     else scale((float*)y, (const float*)scales, rows, width, threads);
+}
+
+void slmops_add_pairs(int half, const void* x, void* y, float* h, const float* numbers, const Layer* layer, long tokens, int threads) {
+    if (half) add_pairs((const Half*)x, (Half*)y, h, numbers, *layer, tokens, threads);
+    else add_pairs((const float*)x, (float*)y, h, numbers, *layer, tokens, threads);
+}
+
+void slmops_add_pairs_back(int half, const void* x, const float* h, const void* of_y, void* of_x, float* found, const float* numbers,
+                           const Layer* layer, long tokens, int threads) {
+    if (half) add_pairs_back((const Half*)x, h, (const Half*)of_y, (Half*)of_x, found, numbers, *layer, tokens, threads);
+    else add_pairs_back((const float*)x, h, (const float*)of_y, (float*)of_x, found, numbers, *layer, tokens, threads);
 }
 }

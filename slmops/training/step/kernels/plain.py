@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
 from slmops.training.step.rows import Rows
+
+if TYPE_CHECKING:
+    from slmops.training.step.pairs import Adapted
 
 LARGEST_CODE = 126
 """A scale is rounded to bf16, and the largest number must still not become 128."""
@@ -55,6 +59,36 @@ class Kernels:
     """Rows up to this many tokens are attended here; longer ones are sooner in the library's fused kernel."""
     holds_scores = True
     """For the way back: the probabilities of all queries and keys, in fp32."""
+
+    wide_pairs = False
+    """LoRA pairs are read where they are trained, in fp32; else a copy in the precision of the products is made for each pass."""
+
+    def add_pairs(self, layer: Adapted, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Add s (x A') B' of each of a layer's pairs, of which it has one at least, to y (tokens, outputs); return h for the way back.
+
+        Args:
+            layer: `slmops.training.step.pairs.Adapted`.
+            x: (tokens, inputs).
+            y: (tokens, outputs).
+        """
+        assert layer.down_turned is not None
+        h = x.mm(layer.down_turned)
+        for block in layer.blocks:
+            y[:, block.outputs].addmm_(h[:, block.ranks], block.up_turned, alpha=block.scale)
+        return h
+
+    def add_pairs_back(self, layer: Adapted, x: torch.Tensor, h: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor | None) -> None:
+        """Add the gradients of A and B to their store's, and that of x by way of them to dx, where there is one."""
+        assert layer.down is not None
+        assert layer.down_gradient is not None
+        for pair in layer.pairs:
+            pair.up_gradient.addmm_(dy[:, pair.outputs].t(), h[:, pair.ranks], alpha=pair.scale)
+        dh = torch.empty_like(h)
+        for block in layer.blocks:
+            dh[:, block.ranks].addmm_(dy[:, block.outputs], block.up, beta=0, alpha=block.scale)
+        layer.down_gradient.addmm_(dh.t(), x)
+        if dx is not None:
+            dx.addmm_(dh, layer.down)
 
     def normalize(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, Saved]:
         """Return y = x w / sqrt(mean(x^2) + eps) (RMSNorm, Zhang and Sennrich, arXiv 1910.07467), computed in fp32.
