@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,8 @@ LADDER = {
     "joined": "+ rows joined without padding, attention by hand",
     "shared": "+ what all rows of a batch begin with computed once",
     "block": "+ attention layers as one block",
-    "slmops": "+ bf16 where the processor multiplies it (what `slmops finetune` does)",
+    "bf16": "+ bf16 where the processor multiplies it",
+    "slmops": "+ what is between the products compiled, in one pass each (what `slmops finetune` does)",
     "int8": "+ frozen products in int8 (`--precision int8`)",
 }
 
@@ -86,8 +88,10 @@ def _ours(options: argparse.Namespace) -> dict[str, float]:
     from slmops.training.step import layouts, patching, preparing
 
     name = options.worker
+    if name not in ("slmops", "int8"):
+        os.environ["SLMOPS_KERNELS"] = "pytorch"
     if name == "peft":
-        step.prepare_step = lambda model, rows: step.Step(step.Padded(model), patching.Patched(), "left as it is")
+        step.prepare_step = lambda model, rows, int8=False: step.Step(step.Padded(model), patching.Patched(), "left as it is")
     if name == "patched":
         preparing._obstacle = lambda model, causal: "left padded"  # pyright: ignore[reportPrivateUsage]
     if name == "joined":
@@ -107,7 +111,7 @@ def _ours(options: argparse.Namespace) -> dict[str, float]:
             lora_rank=16,
             batch_size=8,
             threads=options.threads,
-            precision={"slmops": "auto", "int8": "int8"}.get(name, "fp32"),
+            precision={"slmops": "auto", "bf16": "auto", "int8": "int8"}.get(name, "fp32"),
         )
         facts: dict[str, Any] = made.manifest.facts
     return {"loop_s": round(facts["loop_seconds"], 2), "peak_mb": round(facts["peak_memory_bytes"] / 1e6)}
@@ -156,7 +160,6 @@ def _trl(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _olive(options: argparse.Namespace) -> dict[str, float]:
-    import os
     import re
     import resource
 

@@ -50,7 +50,7 @@ HEAVY_ALLOWED = {
     "training/resuming.py": {"transformers", "torch"},
     "training/watching.py": {"transformers"},
     # The step is torch: autograd's functions and annotations of tensors throughout.
-    **{f"training/step/{path.name}": {"torch"} for path in (PACKAGE / "training" / "step").glob("*.py")},
+    **{path.relative_to(PACKAGE).as_posix(): {"torch"} for path in (PACKAGE / "training" / "step").rglob("*.py")},
     "training/methods/allocation.py": {"transformers", "torch"},
     "runtime/prompts.py": {"peft", "torch"},
     "runtime/native/biases.py": {"torch"},

@@ -195,6 +195,7 @@ def finish(draft: Draft, base: Path, data: str | Path | None, material: Material
         "loop_seconds": round(trained.loop_seconds, 3),
         "peak_memory_bytes": trained.peak_memory_bytes,
         **({"estimate": trained.estimate} if trained.estimate is not None else {}),
+        **({"kernels": trained.kernels} if trained.kernels is not None else {}),
         **({"in_int8": dict(zip(("matrices", "of"), trained.in_int8, strict=True))} if trained.in_int8 is not None else {}),
         "trainable_parameters": trained.trainable_parameters,
         "stop_reason": material.interface.stop_reason,

@@ -29,6 +29,8 @@ class Run:
     """What was foretold, beside what came (`Estimate.document`)."""
     in_int8: tuple[int, int] | None = None
     """Of `slmops.training.step.Step`."""
+    kernels: str | None = None
+    """Of the same; None: another trainer's step."""
 
 
 def total_steps(settings: FinetuneSettings, rows: int) -> int:

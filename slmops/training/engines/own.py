@@ -95,6 +95,7 @@ def train_with_peft(
         if foretold is not None
         else None,
         in_int8=getattr(trainer, "in_int8", None),
+        kernels=getattr(trainer, "kernels", None),
     )
 
 

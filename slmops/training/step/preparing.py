@@ -16,6 +16,7 @@ from torch import nn
 
 from slmops.training.batches import IGNORED
 from slmops.training.step import attention, patching
+from slmops.training.step.kernels import PLAIN, kernels_for
 from slmops.training.step.layouts import Joined, Layout, Padded, Row
 from slmops.training.step.pairs import PairStore
 from slmops.training.step.products import BOUND, Int8, Plain, Tried
@@ -41,6 +42,8 @@ class Step:
     """Why rows are padded; None where they are joined."""
     in_int8: tuple[int, int] | None = None
     """Of the frozen matrices (those that are stacked are one), how many are multiplied in int8, and how many could be; None: not asked."""
+    kernels: str = PLAIN.name
+    """What computes between the products (`slmops.training.step.kernels`)."""
 
 
 def prepare_step(model: nn.Module, rows: Sequence[Row], *, int8: bool = False) -> Step:
@@ -67,7 +70,9 @@ def prepare_step(model: nn.Module, rows: Sequence[Row], *, int8: bool = False) -
     if reason is None:
         reason, layout = _try_joined(causal, patched, trial, expected, layout, int8=int8)
     model.train(was_training)
-    return Step(layout, patched, reason, _multiply_in_int8(model, causal, patched, layout, rows) if int8 else None)
+    in_int8 = _multiply_in_int8(model, causal, patched, layout, rows) if int8 else None
+    kernels = patched.store.kernels if patched.store is not None else kernels_for(causal.get_input_embeddings().weight)
+    return Step(layout, patched, reason, in_int8, kernels.name)
 
 
 def _multiply_in_int8(model: Any, causal: Any, patched: patching.Patched, layout: Layout, rows: Sequence[Row]) -> tuple[int, int]:

@@ -11,10 +11,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from slmops import progress
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # Sums and signs stay as they are written: -ffast-math would also change how the whole process treats numbers near 0.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-_COMPILERS = ("c++", "g++", "clang++")
+_COMPILERS = ("g++", "c++", "clang++")
 _SECONDS = 120
 
 
@@ -30,17 +32,25 @@ def library() -> ctypes.CDLL:
     """
     compiler = _compiler()
     kept = _kept(compiler)
+    found = _loaded(kept) if kept is not None and kept.is_file() else None
+    if found is not None:
+        return found
+    progress.say("kernels of the training step are compiled for this processor, once")
+    with tempfile.TemporaryDirectory(prefix="slmops-") as scratch:
+        made = Path(scratch) / "kernels.so"
+        _compile(compiler, made)
+        found = _loaded(kept if kept is not None and _keep(made, kept) else made)  # what is loaded stays when its file goes
+    if found is None:
+        raise NotCompiled(f"what {compiler} makes of the kernels cannot be loaded")
+    return found
+
+
+def _loaded(path: Path) -> ctypes.CDLL | None:
+    """Load a library; None where it cannot be, as when its file is damaged."""
     try:
-        if kept is not None and kept.is_file():
-            return ctypes.CDLL(str(kept))
-        with tempfile.TemporaryDirectory(prefix="slmops-") as scratch:
-            made = Path(scratch) / "kernels.so"
-            _compile(compiler, made)
-            if kept is not None and _keep(made, kept):
-                return ctypes.CDLL(str(kept))
-            return ctypes.CDLL(str(made))  # what is loaded stays loaded when its file goes
-    except OSError as error:
-        raise NotCompiled(f"the compiled kernels cannot be loaded ({error})") from error
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
 
 
 def _compiler() -> str:
@@ -90,7 +100,10 @@ def _keep(made: Path, kept: Path) -> bool:
     try:
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft = kept.with_suffix(f".{os.getpid()}")
-        shutil.copyfile(made, draft)
+        with made.open("rb") as source, draft.open("wb") as target:
+            shutil.copyfileobj(source, target)
+            target.flush()
+            os.fsync(target.fileno())  # half a library would not be refused when it is loaded but end the process later
         draft.replace(kept)
     except OSError:
         return False
