@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slmops import environment, probe, targets
+from slmops import compiling, environment, probe, targets
 from slmops.bandwidth import measure_bandwidth
 from slmops.errors import Unavailable
 
@@ -73,6 +73,8 @@ class Diagnosis:
     packages: tuple[Package, ...]
     providers: tuple[Provider, ...]
     torch: dict[str, Any] | None
+    compiler: str | None
+    """Of C++: it makes the kernels of a training step."""
     targets: tuple[dict[str, Any], ...]
     telemetry: dict[str, bool]
     problems: tuple[Problem, ...]
@@ -99,11 +101,13 @@ def doctor() -> Diagnosis:
     free = shutil.disk_usage(Path.cwd()).free
     available = environment.memory_bytes()[1]
     telemetry = {name: os.environ.get(name) == value for name, value in environment.NO_TELEMETRY.items()}
+    compiler, compiler_problems = _compiler()
     problems = (
         *_version_problems(packages),
         *_flavour_problems(),
         *_provider_problems(providers),
         *_torch_problems(torch_facts),
+        *compiler_problems,
         *_machine_problems(available, free, telemetry),
     )
     return Diagnosis(
@@ -114,6 +118,7 @@ def doctor() -> Diagnosis:
         packages=packages,
         providers=providers,
         torch=torch_facts,
+        compiler=compiler,
         targets=tuple(_ability(target, providers, devices) for target in targets.TARGETS),
         telemetry=telemetry,
         problems=problems,
@@ -204,6 +209,15 @@ def _torch_problems(torch: dict[str, Any] | None) -> list[Problem]:
     if torch and "error" in torch:
         return [Problem(f"torch cannot be imported: {torch['error']}", "pip install --force-reinstall torch", "error")]
     return []
+
+
+def _compiler() -> tuple[str | None, list[Problem]]:
+    """Return the C++ compiler, and what its absence means where something is trained."""
+    try:
+        return compiling.compiler(), []
+    except compiling.NotCompiled as error:
+        matters = sys.platform == "linux" and environment.version_of("torch") is not None
+        return None, [Problem(str(error), "or leave it: a fine-tune takes up to half as long again")] if matters else []
 
 
 def _machine_problems(available: int, free: int, telemetry: dict[str, bool]) -> list[Problem]:

@@ -53,6 +53,18 @@ def test_a_processor_that_stands_in_for_an_npu_compiles_for_it_and_is_none(found
         assert target["executes_here"] is not provider.stands_in
 
 
+def test_a_compiler_that_is_not_there_is_said_where_something_is_trained(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(environment, "version_of", lambda name: "1.0")
+    compiler, problems = diagnosis._compiler()
+    assert compiler is None
+    assert "no-such-compiler" in problems[0].problem
+    monkeypatch.setattr(environment, "version_of", lambda name: None)
+    assert diagnosis._compiler() == (None, [])
+
+
 def test_machine_figures_are_plausible(found: diagnosis.Diagnosis):
     assert 1e8 < found.memory_available_bytes <= found.machine.memory_bytes
     assert found.disk_free_bytes > 0

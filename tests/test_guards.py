@@ -23,7 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from lines above its own. `environment` stands above the manifests that record it.
 LAYERS = (
     ("errors", "progress", "probe"),
-    ("environment", "hashes"),
+    ("environment", "hashes", "compiling"),
     ("config", "artifact", "targets", "socs", "results", "bandwidth"),
     ("data", "graph", "lineage"),
     ("runtime", "olive_backend"),  # `generate` puts a prompt into its template

@@ -12,7 +12,7 @@ import pytest
 from tiny import TEMPLATES, make_model, write_rows
 
 import slmops
-from slmops import progress
+from slmops import compiling, progress
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -22,7 +22,6 @@ from test_training_step import adapted, assert_same, base_of, fast, pairs, plain
 from slmops.training.step import kernels as module  # noqa: E402
 from slmops.training.step import prepare_step  # noqa: E402
 from slmops.training.step.kernels import PLAIN, Attention, Kernels, kernels_for, why_not_compiled  # noqa: E402
-from slmops.training.step.kernels import compiling as compiling_module  # noqa: E402
 from slmops.training.step.kernels.compiled import CompiledKernels, disagreement  # noqa: E402
 from slmops.training.step.pairs import Adapted, Pair, PairStore, kernels_of  # noqa: E402
 from slmops.training.step.rows import Rows  # noqa: E402
@@ -234,19 +233,19 @@ def test_a_library_that_is_off_is_not_used(fresh: pytest.MonkeyPatch) -> None:
 
 @compiled
 def test_it_is_compiled_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    own, times = compiling_module._compile, []
-    fresh.setattr(compiling_module, "_compile", lambda *args: (times.append(args), own(*args)))
+    own, times = compiling._compile, []
+    fresh.setattr(compiling, "_compile", lambda *args: (times.append(args), own(*args)))
     for _ in range(2):
         module._found.cache_clear()
         ours()
     assert len(times) == 1
-    (kept,) = (tmp_path / "cache" / "slmops" / "kernels").iterdir()
+    (kept,) = (tmp_path / "cache" / "slmops" / "compiled").iterdir()
     assert stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
 
 
 @compiled
 def test_a_damaged_library_is_compiled_again(fresh: pytest.MonkeyPatch) -> None:
-    kept = compiling_module._kept(compiling_module._compiler())
+    kept = compiling._kept(module.SOURCE, compiling.compiler())
     assert kept is not None
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"cut off")

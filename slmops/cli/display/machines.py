@@ -25,6 +25,7 @@ def diagnosis(page: Page, document: Mapping[str, Any]) -> None:
             ("disk here", f"{size(document.get('disk_free_bytes'))} free"),
             ("system", f"{machine.get('system', '')}, Python {machine.get('python', '')}"),
             ("torch", _torch(document.get("torch"))),
+            ("compiler", document.get("compiler") or ""),
             ("telemetry", "off, of every dependency" if (document.get("telemetry") or {}).get("off") else "ON"),
         ]
     )

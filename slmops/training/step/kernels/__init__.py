@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from pathlib import Path
 
 import torch
 
+from slmops.compiling import NotCompiled, library
 from slmops.training.step.kernels.compiled import CompiledKernels, disagreement, fits
-from slmops.training.step.kernels.compiling import NotCompiled, library
 from slmops.training.step.kernels.plain import Attention, Kernels
 
 __all__ = ["PLAIN", "Attention", "Kernels", "kernels_for", "why_not_compiled"]
 
 SWITCH = "SLMOPS_KERNELS"
 """Environment variable: `pytorch` keeps to PyTorch's operators."""
+SOURCE = Path(__file__).with_name("kernels.cpp")
 PLAIN = Kernels()
 
 
@@ -38,7 +40,7 @@ def _found() -> tuple[Kernels, str | None]:
     if os.environ.get(SWITCH) == "pytorch":
         return PLAIN, None
     try:
-        kernels = CompiledKernels(library())
+        kernels = CompiledKernels(library(SOURCE))
     except NotCompiled as error:
         return PLAIN, str(error)
     reason = disagreement(kernels)

@@ -1,4 +1,7 @@
-"""Where does the compiled library come from? From the C++ compiler of the machine, two seconds, once; then from the user's cache."""
+"""Where does a library of our own in C++ come from? From the compiler of the machine, in seconds, once; then from the user's cache.
+
+The source is part of slmops, and what is made of it never leaves the machine: it has the instructions of its processor.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ from pathlib import Path
 
 from slmops import progress
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
 # Sums and signs stay as they are written: -ffast-math would also change how the whole process treats numbers near 0.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _COMPILERS = ("g++", "c++", "clang++")
@@ -24,24 +26,27 @@ class NotCompiled(Exception):
     """There is no library on this machine; the message says why, and what would help."""
 
 
-def library() -> ctypes.CDLL:
-    """Return the library of the kernels, compiled now where it never was on this machine.
+def library(source: Path) -> ctypes.CDLL:
+    """Return what a C++ source becomes, compiled now where it never was on this machine.
+
+    Args:
+        source: one file, without headers but the language's own.
 
     Raises:
         NotCompiled: there is no compiler that compiles it.
     """
-    compiler = _compiler()
-    kept = _kept(compiler)
+    by = compiler()
+    kept = _kept(source, by)
     found = _loaded(kept) if kept is not None and kept.is_file() else None
     if found is not None:
         return found
-    progress.say("kernels of the training step are compiled for this processor, once")
+    progress.say(f"{source.name} is compiled for this processor, once")
     with tempfile.TemporaryDirectory(prefix="slmops-") as scratch:
-        made = Path(scratch) / "kernels.so"
-        _compile(compiler, made)
+        made = Path(scratch) / f"{source.stem}.so"
+        _compile(source, by, made)
         found = _loaded(kept if kept is not None and _keep(made, kept) else made)  # what is loaded stays when its file goes
     if found is None:
-        raise NotCompiled(f"what {compiler} makes of the kernels cannot be loaded")
+        raise NotCompiled(f"what {by} makes of {source.name} cannot be loaded")
     return found
 
 
@@ -53,9 +58,14 @@ def _loaded(path: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """Return the path of the C++ compiler: `CXX`, or one that is usual.
+
+    Raises:
+        NotCompiled: there is none, or slmops compiles nothing on this system.
+    """
     if platform.system() != "Linux":
-        raise NotCompiled(f"kernels are compiled on Linux alone, not on {platform.system()}")
+        raise NotCompiled(f"slmops compiles on Linux alone, not on {platform.system()}")
     names = [os.environ["CXX"]] if os.environ.get("CXX") else _COMPILERS
     found = next((path for path in map(shutil.which, names) if path), None)
     if found is None:
@@ -63,26 +73,26 @@ def _compiler() -> str:
     return found
 
 
-def _compile(compiler: str, made: Path) -> None:
+def _compile(source: Path, by: str, made: Path) -> None:
     try:
-        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True, timeout=_SECONDS)
+        subprocess.run([by, *FLAGS, str(source), "-o", str(made)], check=True, capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
         said = next((line for line in lines if "error" in line), lines[0])
-        raise NotCompiled(f"{compiler} does not compile the kernels ({said.strip()})") from error
+        raise NotCompiled(f"{by} does not compile {source.name} ({said.strip()})") from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotCompiled(f"{compiler} does not compile the kernels ({error})") from error
+        raise NotCompiled(f"{by} does not compile {source.name} ({error})") from error
 
 
-def _kept(compiler: str) -> Path | None:
+def _kept(source: Path, by: str) -> Path | None:
     """Return where the library is kept for this source, compiler and processor; None where there is no home."""
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
         return None
-    status = Path(compiler).resolve().stat()
-    made_by = f"{compiler} {status.st_size} {status.st_mtime_ns} {' '.join(FLAGS)} {_processor()}"
-    return home / "slmops" / "kernels" / f"{hashlib.sha256(SOURCE.read_bytes() + made_by.encode()).hexdigest()[:32]}.so"
+    status = Path(by).resolve().stat()
+    made_by = f"{by} {status.st_size} {status.st_mtime_ns} {' '.join(FLAGS)} {_processor()}"
+    return home / "slmops" / "compiled" / f"{source.stem}-{hashlib.sha256(source.read_bytes() + made_by.encode()).hexdigest()[:32]}.so"
 
 
 def _processor() -> str:
