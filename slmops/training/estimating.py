@@ -33,8 +33,8 @@ _MATRICES_HELD = {"dora": 2, "loha": 2, "lokr": 2}
 _BEFORE_ROWS = ("prefix", "prompt", "p-tuning")
 # Of a layer's matrices, those that are stacked: queries, keys, values, gate and up (0.66 of a 135M shape, 0.7 of a 1.5B one).
 _STACKED_SHARE = 0.66
-# oneDNN makes and keeps a kernel for each shape of some 28 products: 0.8 MB and 2.6 ms each (see step.preparing).
-_KERNELS, _KERNEL_BYTES, _KERNEL_SECONDS = 28, 800_000, 0.0026
+# oneDNN makes and keeps a kernel for each shape of some 28 products, of 10 where those of the pairs are ours: 0.8 MB and 2.6 ms each (see step.preparing).
+_KERNELS, _KERNELS_WITHOUT_PAIRS, _KERNEL_BYTES, _KERNEL_SECONDS = 28, 10, 800_000, 0.0026
 # The rest of a process: libraries that are imported on the way, the curve's picture, what the allocator cannot use again.
 _REST_BYTES = 60_000_000
 # A layer's step in operators besides its large products, each as long as a small product takes: by hand, and as PEFT computes it.
@@ -170,9 +170,11 @@ def estimate(
     # In the file's own precision its pages are the weights; what is stacked is copied beside them.
     mapped = stored if abs(wide * sizes.base / stored - 1) < 0.02 and not on_gpu else 0
     stacked = round(_STACKED_SHARE * mapped * sizes.linear / sizes.base) if by_hand else 0
-    activations = activation_bytes(sizes, load, wide, _kernels(sizes, precision), by_hand=by_hand)
+    between = _kernels(sizes, precision)
+    activations = activation_bytes(sizes, load, wide, between, by_hand=by_hand)
     matrices = _MATRICES_HELD.get(method, 0) * 4 * sizes.linear
-    kernels = _KERNELS * min(load.shapes, steps) if by_onednn else 0
+    shapes = min(load.shapes, steps) if by_onednn else 0
+    kernels = shapes * (_KERNELS_WITHOUT_PAIRS if by_hand and between.wide_pairs else _KERNELS)
     process = 0 if on_gpu else _resident_bytes() + _REST_BYTES
     return Estimate(
         process_bytes=process,
