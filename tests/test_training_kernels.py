@@ -197,6 +197,22 @@ def test_widths_and_precisions_that_it_does_not_know_are_pytorchs() -> None:
     )
     assert kernels_of([even]) is not PLAIN
     assert kernels_of([even, odd]) is PLAIN, "pairs stand in one parameter"
+    for precision, suited in ((torch.float32, True), (torch.bfloat16, False)):
+        pair = Pair(random(64, 32), random(16, 64), 1.0, slice(16))
+        large = Adapted(torch.zeros(16, 32, dtype=precision), None, (16,), [pair])
+        assert (kernels_of([large]) is not PLAIN) is suited
+
+
+@compiled
+def test_large_ranks_are_multiplied_by_the_library_and_all_else_is_ours() -> None:
+    config = {"target_modules": ["q_proj", "down_proj"], "r": 48}
+    model = adapted(base_of("Llama").to(torch.bfloat16), **config)
+    rows = pairs()
+    expected = plain(adapted(base_of("Llama"), **config), rows)
+    step = prepare_step(model, rows)
+    assert step.patched.store is not None
+    assert (step.patched.store.kernels, step.kernels) == (PLAIN, "compiled")
+    assert_same(fast(model, step, [rows]), expected, 0.05)
 
 
 @compiled

@@ -67,7 +67,7 @@ def base_of(family: str, **changes: Any) -> Any:
 
 def adapted(base: Any, **settings: Any) -> Any:
     targets = settings.pop("target_modules", "all-linear")
-    config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM", **settings)
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 12} | settings, target_modules=targets, task_type="CAUSAL_LM")
     torch.manual_seed(1)
     model = peft.get_peft_model(base, config)
     for name, weight in model.named_parameters():

@@ -174,7 +174,8 @@ def estimate(
     activations = activation_bytes(sizes, load, wide, between, by_hand=by_hand)
     matrices = _MATRICES_HELD.get(method, 0) * 4 * sizes.linear
     shapes = min(load.shapes, steps) if by_onednn else 0
-    kernels = shapes * (_KERNELS_WITHOUT_PAIRS if by_hand and between.wide_pairs else _KERNELS)
+    ours = by_hand and between.wide_pairs and between.suits(settings.method.lora_rank, _dtype(precision))
+    kernels = shapes * (_KERNELS_WITHOUT_PAIRS if ours else _KERNELS)
     process = 0 if on_gpu else _resident_bytes() + _REST_BYTES
     return Estimate(
         process_bytes=process,
@@ -305,8 +306,14 @@ def _kernels(sizes: Sizes, precision: str) -> Kernels:
     torch = environment.require("torch", "to train")
     from slmops.training.step.kernels import kernels_for
 
-    dtype, device = torch.bfloat16 if held_in(precision) == "bf16" else torch.float32, "cuda" if torch.cuda.is_available() else "cpu"
-    return kernels_for(torch.empty(0, dtype=dtype, device=device), sizes.width, sizes.head_width, sizes.inner)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return kernels_for(torch.empty(0, dtype=_dtype(precision), device=device), sizes.width, sizes.head_width, sizes.inner)
+
+
+def _dtype(precision: str) -> Any:
+    """Return what the products' operands are held in."""
+    torch = environment.require("torch", "to train")
+    return torch.bfloat16 if held_in(precision) == "bf16" else torch.float32
 
 
 def _checkpoint_bytes(sizes: Sizes, load: Load, activations: int) -> int:
@@ -334,7 +341,7 @@ def _resident_bytes() -> int:
 def _seconds(sizes: Sizes, load: Load, settings: FinetuneSettings, precision: str, steps: int, held: int, *, by_hand: bool) -> float:
     """Time the products of a step, and what lies between them."""
     torch = environment.require("torch", "to train")
-    dtype, device = (torch.bfloat16 if held_in(precision) == "bf16" else torch.float32), ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, device = _dtype(precision), "cuda" if torch.cuda.is_available() else "cpu"
     tokens = max(16, round(load.mean_tokens))
     x, weight = (torch.ones(n, sizes.width, dtype=dtype, device=device) for n in (tokens, sizes.inner))
     narrow = torch.ones(16, sizes.width, dtype=dtype, device=device)

@@ -176,8 +176,10 @@ class PairStore:
 
 def kernels_of(layers: Sequence[Adapted]) -> Kernels:
     """Return what multiplies with the pairs of layers: one for all, as they stand in one parameter."""
-    found = [kernels_for(layer.weight, layer.weight.shape[1], *layer.widths) for layer in layers if layer.pairs]
-    return found[0] if found and all(each is found[0] for each in found) else PLAIN
+    held = [layer for layer in layers if layer.pairs]
+    found = [kernels_for(layer.weight, layer.weight.shape[1], *layer.widths) for layer in held]
+    suited = all(each.suits(len(pair.a), layer.weight.dtype) for each, layer in zip(found, held, strict=True) for pair in layer.pairs)
+    return found[0] if suited and all(each is found[0] for each in found) else PLAIN
 
 
 class _Tick(torch.autograd.Function):

@@ -63,6 +63,10 @@ class Kernels:
     wide_pairs = False
     """LoRA pairs are read where they are trained, in fp32; else a copy in the precision of the products is made for each pass."""
 
+    def suits(self, rank: int, precision: torch.dtype) -> bool:
+        """Tell whether products with pairs of a rank, in a precision, are best computed here."""
+        return True
+
     def add_pairs(self, layer: Adapted, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Add s (x A') B' of each of a layer's pairs, of which it has one at least, to y (tokens, outputs); return h for the way back.
 
