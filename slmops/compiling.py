@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -36,61 +37,76 @@ def library(source: Path) -> ctypes.CDLL:
         NotCompiled: there is no compiler that compiles it.
     """
     by = compiler()
-    kept = _kept(source, by)
-    found = _loaded(kept) if kept is not None and kept.is_file() else None
-    if found is not None:
-        return found
-    progress.say(f"{source.name} is compiled for this processor, once")
-    with tempfile.TemporaryDirectory(prefix="slmops-") as scratch:
-        made = Path(scratch) / f"{source.stem}.so"
-        _compile(source, by, made)
-        found = _loaded(kept if kept is not None and _keep(made, kept) else made)  # what is loaded stays when its file goes
+    try:
+        kept = _kept(source, by)
+        found = _loaded(kept) if kept is not None else None
+        if found is not None:
+            return found
+        progress.say(f"{source.name} is compiled for this processor, once")
+        with tempfile.TemporaryDirectory(prefix="slmops-") as scratch:
+            made = Path(scratch) / f"{source.stem}.so"
+            _compile(source, by, made)
+            if kept is not None and _keep(made, kept):
+                found = _loaded(kept)
+            found = found or _loaded(made)  # what is loaded stays when its file goes
+    except (OSError, ValueError) as error:
+        raise NotCompiled(f"{source.name} cannot be compiled here ({error})") from error
     if found is None:
-        raise NotCompiled(f"what {by} makes of {source.name} cannot be loaded")
+        raise NotCompiled(f"what {by[0]} makes of {source.name} cannot be loaded")
     return found
 
 
 def _loaded(path: Path) -> ctypes.CDLL | None:
-    """Load a library; None where it cannot be, as when its file is damaged."""
+    """Load a library; None where there is none, where it is damaged, or where somebody else could have put it there."""
     try:
-        return ctypes.CDLL(str(path))
+        if all(_own(place) for place in (path, path.parent)):
+            return ctypes.CDLL(str(path))
     except OSError:
-        return None
+        pass
+    return None
 
 
-def compiler() -> str:
-    """Return the path of the C++ compiler: `CXX`, or one that is usual.
+def _own(path: Path) -> bool:
+    status = path.stat()
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def compiler() -> list[str]:
+    """Return the C++ compiler, a path and perhaps arguments: `CXX`, or one that is usual.
 
     Raises:
         NotCompiled: there is none, or slmops compiles nothing on this system.
     """
     if platform.system() != "Linux":
         raise NotCompiled(f"slmops compiles on Linux alone, not on {platform.system()}")
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else _COMPILERS
+    asked = os.environ.get("CXX", "").split()
+    names = asked[:1] or _COMPILERS
     found = next((path for path in map(shutil.which, names) if path), None)
     if found is None:
         raise NotCompiled(f"no C++ compiler ({', '.join(names)}): install one, such as the package g++")
-    return found
+    return [found, *asked[1:]]
 
 
-def _compile(source: Path, by: str, made: Path) -> None:
+def _compile(source: Path, by: list[str], made: Path) -> None:
+    command = [*by, *FLAGS, str(source), "-o", str(made)]
     try:
-        subprocess.run([by, *FLAGS, str(source), "-o", str(made)], check=True, capture_output=True, text=True, timeout=_SECONDS)
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
         said = next((line for line in lines if "error" in line), lines[0])
-        raise NotCompiled(f"{by} does not compile {source.name} ({said.strip()})") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotCompiled(f"{by} does not compile {source.name} ({error})") from error
+        raise NotCompiled(f"{by[0]} does not compile {source.name} ({said.strip()})") from error
+    except subprocess.TimeoutExpired as error:
+        raise NotCompiled(f"{by[0]} does not compile {source.name} within {_SECONDS} s") from error
 
 
-def _kept(source: Path, by: str) -> Path | None:
+def _kept(source: Path, by: list[str]) -> Path | None:
     """Return where the library is kept for this source, compiler and processor; None where there is no home."""
+    asked = Path(os.environ.get("XDG_CACHE_HOME") or "")
     try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        home = asked if asked.is_absolute() else Path.home() / ".cache"
     except RuntimeError:
         return None
-    status = Path(by).resolve().stat()
+    status = Path(by[0]).resolve().stat()
     made_by = f"{by} {status.st_size} {status.st_mtime_ns} {' '.join(FLAGS)} {_processor()}"
     return home / "slmops" / "compiled" / f"{source.stem}-{hashlib.sha256(source.read_bytes() + made_by.encode()).hexdigest()[:32]}.so"
 
@@ -107,14 +123,17 @@ def _processor() -> str:
 
 def _keep(made: Path, kept: Path) -> bool:
     """Put the library where it stays, at once or not at all: others may look for it now."""
+    draft = None
     try:
         kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft = kept.with_suffix(f".{os.getpid()}")
-        with made.open("rb") as source, draft.open("wb") as target:
+        with made.open("rb") as source, tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as target:
+            draft = Path(target.name)
             shutil.copyfileobj(source, target)
             target.flush()
             os.fsync(target.fileno())  # half a library would not be refused when it is loaded but end the process later
         draft.replace(kept)
     except OSError:
+        if draft is not None:
+            draft.unlink(missing_ok=True)
         return False
     return True

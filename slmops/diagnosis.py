@@ -214,7 +214,7 @@ def _torch_problems(torch: dict[str, Any] | None) -> list[Problem]:
 def _compiler() -> tuple[str | None, list[Problem]]:
     """Return the C++ compiler, and what its absence means where something is trained."""
     try:
-        return compiling.compiler(), []
+        return compiling.compiler()[0], []
     except compiling.NotCompiled as error:
         matters = sys.platform == "linux" and environment.version_of("torch") is not None
         return None, [Problem(str(error), "or leave it: a fine-tune takes up to half as long again")] if matters else []

@@ -13,12 +13,14 @@ from tiny import TEMPLATES, make_model, write_rows
 
 import slmops
 from slmops import compiling, progress
+from slmops.errors import InvalidInput
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from test_training_step import adapted, assert_same, base_of, fast, pairs, plain  # noqa: E402
 
+from slmops.training.processes import find_team  # noqa: E402
 from slmops.training.step import kernels as module  # noqa: E402
 from slmops.training.step import prepare_step  # noqa: E402
 from slmops.training.step.kernels import PLAIN, Attention, Kernels, kernels_for, why_not_compiled  # noqa: E402
@@ -216,6 +218,41 @@ def test_large_ranks_are_multiplied_by_the_library_and_all_else_is_ours() -> Non
 
 
 @compiled
+def test_tensors_that_are_not_alike_are_refused_before_anything_is_written() -> None:
+    """As autocast would make them: the library knows of one precision, and would write past the end of the other."""
+    pair = Pair(torch.nn.Parameter(random(4, 32)), torch.nn.Parameter(random(16, 4)), 1.0, slice(0, 16))
+    layer = Adapted(torch.zeros(16, 32), None, (16,), [pair])
+    store = PairStore([layer], ours())
+    x, y = random(3, 32), torch.zeros(3, 16, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="bfloat16"):
+        ours().add_pairs(layer, x, y)
+    with pytest.raises(TypeError):
+        ours().add_pairs_back(layer, x, random(3, 16), y, x)
+    with pytest.raises(TypeError):
+        ours().gate_back((random(3, 32),), y)
+    with pytest.raises(TypeError):
+        ours().normalize(torch.empty(3, 32, device="meta"), torch.ones(32), 1e-5)
+    assert not y.any()
+    assert not store.gradient.any()
+
+
+@compiled
+def test_heads_that_are_turned_in_part_keep_their_own_attention() -> None:
+    model, rows = adapted(base_of("Nemotron", head_dim=32, partial_rotary_factor=0.5)), pairs()
+    expected = plain(model, rows)
+    step = prepare_step(model, rows)
+    assert_same(fast(model, step, [rows]), expected)
+
+
+def test_a_precision_of_the_launchers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(InvalidInput, match="mixed precision"):
+        find_team(1)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert find_team(1).size == 1
+
+
+@compiled
 def test_there_is_one_pool_of_threads() -> None:
     """Another libgomp beside torch's would have threads of its own, and both pools would wait for the cores of the other."""
     ours()
@@ -271,9 +308,38 @@ def test_a_damaged_library_is_compiled_again(fresh: pytest.MonkeyPatch) -> None:
 
 @compiled
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is closed to root")
-def test_a_home_that_is_closed_is_done_without(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "cache").mkdir(mode=0o500)
+@pytest.mark.parametrize("mode", [0o500, 0o000])
+def test_a_home_that_is_closed_is_done_without(fresh: pytest.MonkeyPatch, tmp_path: Path, mode: int) -> None:
+    (tmp_path / "cache").mkdir(mode=mode)
     ours()
+    (tmp_path / "cache").chmod(0o700)
+
+
+@compiled
+@pytest.mark.parametrize("place", ["library", "folder"])
+def test_a_library_that_others_can_write_is_not_loaded(fresh: pytest.MonkeyPatch, place: str) -> None:
+    kept = compiling._kept(module.SOURCE, compiling.compiler())
+    assert kept is not None
+    kept.parent.mkdir(parents=True, mode=0o700)
+    kept.write_bytes(b"")
+    (kept if place == "library" else kept.parent).chmod(0o777)
+    loaded: list[str] = []
+    own = compiling.ctypes.CDLL
+    fresh.setattr(compiling.ctypes, "CDLL", lambda path: (loaded.append(path), own(path))[1])
+    ours()
+    assert loaded
+    assert (str(kept) in loaded) is (place == "library"), "what we have put in its place is ours"
+
+
+@pytest.mark.parametrize("fault", [PermissionError("closed"), OSError("no space"), UnicodeDecodeError("utf-8", b"x", 0, 1, "odd")])
+def test_whatever_the_system_refuses_pytorchs_operators_do_it(fresh: pytest.MonkeyPatch, fault: Exception) -> None:
+    def refuse(*_: Any) -> None:
+        raise fault
+
+    fresh.setattr(compiling, "compiler", lambda: ["/bin/sh"])
+    fresh.setattr(compiling, "_kept", refuse)
+    assert kernels_for(torch.empty(0), 16) is PLAIN
+    assert str(fault) in (why_not_compiled() or "")
 
 
 @compiled

@@ -83,8 +83,14 @@ def find_team(asked: int) -> Team:
         asked: `--processes`; 1 where nobody asked.
 
     Raises:
-        InvalidInput: a launcher has started another number of processes than `asked`.
+        InvalidInput: a launcher has started another number of processes than `asked`, or set a precision.
     """
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed not in ("", "no"):
+        raise InvalidInput(
+            f"the launcher asks for mixed precision ({mixed}), which slmops decides itself",
+            "--mixed_precision no, and --precision of slmops",
+        )
     team = Team(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or 1)
     if team.size > 1 and asked not in (1, team.size):
         raise InvalidInput(

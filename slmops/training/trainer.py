@@ -154,20 +154,23 @@ class SupervisedTrainer(ResumableTrainer):
         return processes.mean_over(self.accelerator, loss, sum(label != IGNORED for _, labels in own for label in labels[1:]))
 
 
-def step_of(model: nn.Module, rows: list[Row], *, int8: bool = False) -> Step:
+def step_of(model: nn.Module, rows: list[Row], device: torch.device, *, int8: bool = False) -> Step:
     """Return how a model is trained, which is made fast where every process has all weights; say what could not be.
 
     Args:
         model: see `slmops.training.step.prepare_step`.
         rows: of the training data.
+        device: where it is trained; the step is made for it.
         int8: see there.
     """
     if processes.sharded():
         return Step(Padded(model))
+    if next(model.parameters()).device.type != device.type:
+        model.to(device)
     step = prepare_step(model, rows, int8=int8)
     if step.reason is not None:
         progress.say(f"rows are padded, not joined: {step.reason}")
-    missing = why_not_compiled() if step.kernels == PLAIN.name and next(model.parameters()).device.type == "cpu" else None
+    missing = why_not_compiled() if step.kernels == PLAIN.name and device.type == "cpu" else None
     if missing is not None:
         progress.say(f"a step takes longer than it could, as PyTorch's operators alone compute it: {missing}")
     if step.in_int8 is not None:

@@ -128,7 +128,7 @@ def _own_trainer(setup: Setup, settings: FinetuneSettings) -> Any:
     from slmops.training.trainer import SupervisedTrainer, step_of
 
     rows, held_out = pairs_of(setup.train), pairs_of(setup.validation)
-    step = step_of(setup.model, rows, int8=setup.int8)
+    step = step_of(setup.model, rows, setup.arguments.device, int8=setup.int8)
     return SupervisedTrainer(setup.model, setup.arguments, rows, held_out, settings.run.seed, step, setup.keep, order=setup.course.order)
 
 

@@ -29,7 +29,7 @@ class TaskTrainer(SupervisedTrainer):
             rows,
             rows_of(setup.validation),
             seed,
-            step_of(setup.model, rows, int8=setup.int8),
+            step_of(setup.model, rows, setup.arguments.device, int8=setup.int8),
             setup.keep,
             order=setup.course.order,
         )

@@ -240,6 +240,8 @@ def _attention_of(module: Any, qkv: Adapted, out: Adapted) -> Callable[..., Any]
         if rows is None or rows.longest > kernels.longest_row or drops or position_embeddings is None:
             return own(hidden_states, position_embeddings, *args, **kwargs)
         cosines, sines = (x[0].index_select(0, rows.longest_tokens).float() for x in position_embeddings)
+        if cosines.shape[-1] != width:  # a part of each head is turned
+            return own(hidden_states, position_embeddings, *args, **kwargs)
         window = windows[0] if windows else None
         seen = window if window is not None and window < rows.longest else None
         how = Attention(rows, heads, scale, seen, (cosines, sines))

@@ -71,7 +71,8 @@ def prepare_step(model: nn.Module, rows: Sequence[Row], *, int8: bool = False) -
         reason, layout = _try_joined(causal, patched, trial, expected, layout, int8=int8)
     model.train(was_training)
     in_int8 = _multiply_in_int8(model, causal, patched, layout, rows) if int8 else None
-    return Step(layout, patched, reason, in_int8, kernels_for(causal.get_input_embeddings().weight).name)
+    embedding = causal.get_input_embeddings().weight
+    return Step(layout, patched, reason, in_int8, kernels_for(embedding, embedding.shape[-1]).name)
 
 
 def _multiply_in_int8(model: Any, causal: Any, patched: patching.Patched, layout: Layout, rows: Sequence[Row]) -> tuple[int, int]:

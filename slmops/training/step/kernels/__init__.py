@@ -41,7 +41,7 @@ def _found() -> tuple[Kernels, str | None]:
         return PLAIN, None
     try:
         kernels = CompiledKernels(library(SOURCE))
-    except NotCompiled as error:
+    except (NotCompiled, AttributeError) as error:
         return PLAIN, str(error)
     reason = disagreement(kernels)
     return (kernels, None) if reason is None else (PLAIN, reason)

@@ -89,9 +89,10 @@ class CompiledKernels(Kernels):
         """See `Kernels`."""
         store, (said, filled), x = layer.store, _described(layer), x.contiguous()
         assert store is not None
-        h = torch.empty(len(x), filled)
+        h = torch.empty(len(x), filled, dtype=torch.float32, device="cpu")
         places = x.data_ptr(), y.data_ptr(), h.data_ptr(), store.parameter.data_ptr()
-        self._add_pairs(_HALF[x.dtype], *places, said, len(x), torch.get_num_threads())
+        assert _kind(store.parameter) == _HALF[torch.float32]
+        self._add_pairs(_kind(x, y), *places, said, len(x), torch.get_num_threads())
         return h
 
     def add_pairs_back(self, layer: Adapted, x: torch.Tensor, h: torch.Tensor, dy: torch.Tensor, dx: torch.Tensor | None) -> None:
@@ -100,14 +101,15 @@ class CompiledKernels(Kernels):
         assert store is not None
         to = dx.data_ptr() if dx is not None else None
         places = x.data_ptr(), h.data_ptr(), dy.data_ptr(), to, store.gradient.data_ptr(), store.parameter.data_ptr()
-        self._add_pairs_back(_HALF[x.dtype], *places, said, len(x), torch.get_num_threads())
+        assert _kind(store.parameter, store.gradient, h) == _HALF[torch.float32]
+        self._add_pairs_back(_kind(x, dy, *(() if dx is None else (dx,))), *places, said, len(x), torch.get_num_threads())
 
     def normalize(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, Saved]:
         """See `Kernels`."""
         x, (rows, width) = x.contiguous(), _matrix(x)
-        y, inverse = torch.empty_like(x, dtype=weight.dtype), torch.empty(rows)
+        y, inverse = torch.empty_like(x, dtype=weight.dtype), torch.empty(rows, dtype=torch.float32, device="cpu")
         places = x.data_ptr(), weight.data_ptr(), y.data_ptr(), inverse.data_ptr()
-        self._normalize(_HALF[x.dtype], _HALF[y.dtype], *places, epsilon, rows, width, torch.get_num_threads())
+        self._normalize(_kind(x), _kind(y, weight), *places, epsilon, rows, width, torch.get_num_threads())
         return y, (x, inverse, weight)
 
     def normalize_back(self, precision: torch.dtype, saved: Saved, of_y: torch.Tensor) -> torch.Tensor:
@@ -115,14 +117,14 @@ class CompiledKernels(Kernels):
         x, inverse, weight = saved
         of_y, of_x = of_y.to(weight.dtype).contiguous(), torch.empty_like(x)
         places = x.data_ptr(), weight.data_ptr(), inverse.data_ptr(), of_y.data_ptr(), of_x.data_ptr()
-        self._normalize_back(_HALF[x.dtype], _HALF[of_y.dtype], *places, *_matrix(x), torch.get_num_threads())
+        self._normalize_back(_kind(x, of_x), _kind(of_y, weight), *places, *_matrix(x), torch.get_num_threads())
         return of_x
 
     def gate(self, both: torch.Tensor) -> tuple[torch.Tensor, Saved]:
         """See `Kernels`."""
         both, (rows, width) = both.contiguous(), _matrix(both)
         inner = both.new_empty(*both.shape[:-1], width // 2)
-        self._gate(_HALF[both.dtype], both.data_ptr(), inner.data_ptr(), rows, width // 2, torch.get_num_threads())
+        self._gate(_kind(both, inner), both.data_ptr(), inner.data_ptr(), rows, width // 2, torch.get_num_threads())
         return inner, (both,)
 
     def gate_back(self, saved: Saved, of_inner: torch.Tensor) -> torch.Tensor:
@@ -130,14 +132,14 @@ class CompiledKernels(Kernels):
         (both,), of_inner = saved, of_inner.contiguous()
         of_both, (rows, width) = torch.empty_like(both), _matrix(both)
         places = both.data_ptr(), of_inner.data_ptr(), of_both.data_ptr()
-        self._gate_back(_HALF[both.dtype], *places, rows, width // 2, torch.get_num_threads())
+        self._gate_back(_kind(both, of_inner, of_both), *places, rows, width // 2, torch.get_num_threads())
         return of_both
 
     def attend(self, y: torch.Tensor, how: Attention) -> tuple[torch.Tensor, Saved]:
         """See `Kernels`."""
         y = y.contiguous()
         answer = y.new_empty(how.rows.tokens, how.heads[0] * how.width(y))
-        self._attend(_HALF[y.dtype], y.data_ptr(), answer.data_ptr(), ctypes.byref(_shape(y, how)))
+        self._attend(_kind(y, answer), y.data_ptr(), answer.data_ptr(), ctypes.byref(_shape(y, how)))
         return answer, (y,)
 
     def attend_back(self, how: Attention, saved: Saved, of_answer: torch.Tensor) -> torch.Tensor:
@@ -145,27 +147,40 @@ class CompiledKernels(Kernels):
         (y,), of_answer = saved, of_answer.contiguous()
         of_y = torch.empty_like(y)
         # Of keys and values that rows share, for each row: they are summed in the rows' order, whichever is done first.
-        shared = torch.empty(len(how.rows.lengths) * how.rows.shared * 2 * how.heads[1] * how.width(y))
+        numbers = len(how.rows.lengths) * how.rows.shared * 2 * how.heads[1] * how.width(y)
+        shared = torch.empty(numbers, dtype=torch.float32, device="cpu")
         places = y.data_ptr(), of_answer.data_ptr(), of_y.data_ptr(), shared.data_ptr()
-        self._attend_back(_HALF[y.dtype], *places, ctypes.byref(_shape(y, how)))
+        self._attend_back(_kind(y, of_answer, of_y), *places, ctypes.byref(_shape(y, how)))
         return of_y
 
     def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Kernels`."""
         x, (rows, width) = x.contiguous(), _matrix(x)
         codes, scales = torch.empty(rows, width, dtype=torch.uint8), x.new_empty(rows, 1)
-        self._quantize(_HALF[x.dtype], x.data_ptr(), codes.data_ptr(), scales.data_ptr(), rows, width, torch.get_num_threads())
+        self._quantize(_kind(x, scales), x.data_ptr(), codes.data_ptr(), scales.data_ptr(), rows, width, torch.get_num_threads())
         return codes, scales
 
     def scale(self, y: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """See `Kernels`."""
-        self._scale(_HALF[y.dtype], y.data_ptr(), scales.data_ptr(), *_matrix(y), torch.get_num_threads())
+        self._scale(_kind(y, scales), y.data_ptr(), scales.data_ptr(), *_matrix(y), torch.get_num_threads())
         return y
 
 
 def fits(like: torch.Tensor, *widths: int) -> bool:
     """Tell whether the compiled kernels know tensors of these widths, on the device and in the precision of one."""
     return like.device.type == "cpu" and like.dtype in _HALF and not any(width % _VECTOR for width in widths)
+
+
+def _kind(*tensors: torch.Tensor) -> int:
+    """Return how the library is told the precision of tensors.
+
+    Raises:
+        TypeError: they are of several, or not where the library writes: it would go past their ends.
+    """
+    first = tensors[0].dtype
+    if first not in _HALF or any(x.dtype != first or x.device.type != "cpu" or not x.is_contiguous() for x in tensors):
+        raise TypeError(f"the compiled kernels were given {', '.join(f'{x.dtype} on {x.device}' for x in tensors)}")
+    return _HALF[first]
 
 
 def _matrix(x: torch.Tensor) -> tuple[int, int]:
@@ -175,6 +190,8 @@ def _matrix(x: torch.Tensor) -> tuple[int, int]:
 
 def _shape(y: torch.Tensor, how: Attention) -> _Shape:
     rows, turns = how.rows, how.turns
+    wanted = (rows.longest, how.width(y))
+    assert turns is None or all(x.shape == wanted and _kind(x) == _HALF[torch.float32] for x in turns)
     cosines, sines = (turns[0].data_ptr(), turns[1].data_ptr()) if turns is not None else (None, None)
     places = rows.counts.data_ptr(), rows.starts.data_ptr(), cosines, sines
     sizes = len(rows.lengths), rows.shared, rows.real, rows.tokens, *how.heads, how.width(y), how.window or 0
