@@ -31,7 +31,7 @@ def place(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=PRECISIONS)
 def road(request: pytest.FixtureRequest, shared: Path, place: Path) -> Road:
-    training = {"prompt_template": "{text}\nIntent:", "completion_template": " {intent}", "max_rows": 1500, "learning_rate": 1e-3}
+    training = {"prompt_template": "{text}\nIntent:", "completion_template": " {intent}", "max_rows": 4000, "learning_rate": 1e-3}
     return make_road(place, shared / "models/stories3m", shared / "data/snips/train.jsonl", request.param, **training)
 
 
