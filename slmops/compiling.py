@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from slmops import progress
+from slmops.cache import cache_folder
 
 # Sums and signs stay as they are written: -ffast-math would also change how the whole process treats numbers near 0.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -101,14 +102,12 @@ def _compile(source: Path, by: list[str], made: Path) -> None:
 
 def _kept(source: Path, by: list[str]) -> Path | None:
     """Return where the library is kept for this source, compiler and processor; None where there is no home."""
-    asked = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    try:
-        home = asked if asked.is_absolute() else Path.home() / ".cache"
-    except RuntimeError:
+    folder = cache_folder("compiled")
+    if folder is None:
         return None
     status = Path(by[0]).resolve().stat()
     made_by = f"{by} {status.st_size} {status.st_mtime_ns} {' '.join(FLAGS)} {_processor()}"
-    return home / "slmops" / "compiled" / f"{source.stem}-{hashlib.sha256(source.read_bytes() + made_by.encode()).hexdigest()[:32]}.so"
+    return folder / f"{source.stem}-{hashlib.sha256(source.read_bytes() + made_by.encode()).hexdigest()[:32]}.so"
 
 
 def _processor() -> str:

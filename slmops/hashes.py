@@ -21,6 +21,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from slmops.cache import cache_folder
 from slmops.errors import BadArtifact
 
 # Hugging Face weights; optimizer states and the like are not the model.
@@ -148,11 +149,8 @@ def _name(file: str, folder: Path) -> str:
 
 def _memory(path: Path) -> Path | None:
     """Return where a file's hash is kept; None where there is no home."""
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        return None
-    return home / "slmops" / "hashes" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json"
+    folder = cache_folder("hashes")
+    return folder / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]}.json" if folder is not None else None
 
 
 def _stamps(folder: Path, without: Path) -> dict[str, Stamp]:

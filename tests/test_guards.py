@@ -22,7 +22,7 @@ PACKAGE = ROOT / "slmops"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from lines above its own. `environment` stands above the manifests that record it.
 LAYERS = (
-    ("errors", "progress", "probe"),
+    ("errors", "progress", "probe", "cache"),
     ("environment", "hashes", "compiling"),
     ("config", "artifact", "targets", "socs", "results", "bandwidth"),
     ("data", "graph", "lineage"),

@@ -256,16 +256,22 @@ def test_a_run_writes_what_it_says_and_a_seed_gives_one_adapter(base: Path, rows
     assert json.loads((first.path / "adapter_config.json").read_text())["lora_alpha"] == 8, "twice the rank"
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-6), ("auto", 1e-3)])
-def test_accumulated_batches_are_one_large_batch(base: Path, rows: Path, tmp_path: Path, precision: str, bound: float) -> None:
-    """Rows have different numbers of supervised tokens, so a mean of batch means would differ."""
-    large = finetune(base, rows, tmp_path / "large", batch_size=8, max_steps=3, precision=precision)
-    small = finetune(base, rows, tmp_path / "small", batch_size=2, gradient_accumulation=4, max_steps=3, precision=precision)
+@pytest.mark.parametrize(("precision", "loss", "norm", "rate"), [("fp32", 1e-6, 1e-6, None), ("auto", 1e-4, 1e-3, 1e-3)])
+def test_accumulated_batches_are_one_large_batch(
+    base: Path, rows: Path, tmp_path: Path, precision: str, loss: float, norm: float, rate: float | None
+) -> None:
+    """Rows have different numbers of supervised tokens, so a mean of batch means would differ.
+
+    In bf16 the rate is low: Adam's first steps make of a gradient that is rounded to the other side of 0 a whole step the other way.
+    """
+    settings = {"precision": precision, "max_steps": 3} | ({"learning_rate": rate} if rate is not None else {})
+    large = finetune(base, rows, tmp_path / "large", batch_size=8, **settings)
+    small = finetune(base, rows, tmp_path / "small", batch_size=2, gradient_accumulation=4, **settings)
     ours, theirs = ([p for p in curve(run.path) if "gradient_norm" in p] for run in (small, large))
     assert len(ours) == 3
     for a, b in zip(ours, theirs, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=bound)
-        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=bound)
+        assert a["loss"] == pytest.approx(b["loss"], rel=loss)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=norm)
 
 
 def test_the_adapter_of_the_lowest_validation_loss_is_kept(tmp_path: Path, rows: Path) -> None:

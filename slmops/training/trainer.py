@@ -23,7 +23,7 @@ from slmops.training import processes
 from slmops.training.batches import IGNORED, Batches
 from slmops.training.resuming import ResumableTrainer
 from slmops.training.step import Layout, Padded, Step, prepare_step
-from slmops.training.step.kernels import PLAIN, why_not_compiled
+from slmops.training.step.kernels import why_not_compiled
 
 Row = tuple[list[int], list[int]]
 
@@ -93,7 +93,7 @@ class SupervisedTrainer(ResumableTrainer):
         self.best_loss = math.inf
         self.trained = [p for p in model.parameters() if p.requires_grad]
         spare_traversals(model, self.trained)
-        self.layout, self.in_int8, self.kernels = step.layout, step.in_int8, step.kernels
+        self.prepared, self.layout = step, step.layout
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the length-grouped batches; with several processes, this one's share of each."""
@@ -170,7 +170,7 @@ def step_of(model: nn.Module, rows: list[Row], device: torch.device, *, int8: bo
     step = prepare_step(model, rows, int8=int8)
     if step.reason is not None:
         progress.say(f"rows are padded, not joined: {step.reason}")
-    missing = why_not_compiled() if step.kernels == PLAIN.name and device.type == "cpu" else None
+    missing = why_not_compiled() if device.type == "cpu" else None
     if missing is not None:
         progress.say(f"a step takes longer than it could, as PyTorch's operators alone compute it: {missing}")
     if step.in_int8 is not None:

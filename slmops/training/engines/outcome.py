@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from slmops.config import FinetuneSettings
@@ -27,10 +27,8 @@ class Run:
     peak_memory_bytes: int
     estimate: dict[str, Any] | None = None
     """What was foretold, beside what came (`Estimate.document`)."""
-    in_int8: tuple[int, int] | None = None
-    """Of `slmops.training.step.Step`."""
-    kernels: str | None = None
-    """Of the same; None: another trainer's step."""
+    step: dict[str, Any] = field(default_factory=dict)
+    """How it was computed (`Step.document`); empty: by another trainer."""
 
 
 def total_steps(settings: FinetuneSettings, rows: int) -> int:

@@ -94,8 +94,7 @@ def train_with_peft(
         estimate=foretold.document(environment.peak_gpu_bytes() or environment.peak_memory_bytes(), loop_seconds)
         if foretold is not None
         else None,
-        in_int8=getattr(trainer, "in_int8", None),
-        kernels=getattr(trainer, "kernels", None),
+        step=trainer.prepared.document() if hasattr(trainer, "prepared") else {},
     )
 
 

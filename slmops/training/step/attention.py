@@ -54,7 +54,7 @@ def attend(
     kernels = kernels_for(query, query.shape[-1])
     if rows.longest > kernels.longest_row or dropout:
         return _library_attention(query, key, value, rows, scale, window, dropout), None
-    y = torch.cat([query, key, value], dim=1)[0].transpose(0, 1).reshape(rows.tokens, -1)
+    y = _tokens_first(torch.cat([query, key, value], dim=1))
     answer = _RowAttention.apply(y, Attention(rows, (query.shape[1], key.shape[1]), scale, window), kernels)
     return answer.view(1, rows.tokens, query.shape[1], -1), None
 
@@ -74,14 +74,17 @@ class _RowAttention(torch.autograd.Function):
         return ctx.kernels.attend_back(ctx.how, ctx.saved_tensors, gradients[0]), None, None
 
 
+def _tokens_first(x: torch.Tensor) -> torch.Tensor:
+    """(1, heads, tokens, width) -> (tokens, heads x width)."""
+    return x[0].transpose(0, 1).reshape(x.shape[2], -1)
+
+
 def _library_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: Rows, scale: float, window: int | None, dropout: float
 ) -> torch.Tensor:
     count, heads, key_heads, width = len(rows.lengths), query.shape[1], key.shape[1], query.shape[3]
     lined = ((query, heads), (key, key_heads), (value, key_heads))
-    q, k, v = (
-        rows.to_lines(x[0].transpose(0, 1).reshape(rows.tokens, -1)).view(count, rows.longest, n, width).transpose(1, 2) for x, n in lined
-    )
+    q, k, v = (rows.to_lines(_tokens_first(x)).view(count, rows.longest, n, width).transpose(1, 2) for x, n in lined)
     if heads != key_heads:
         k, v = (x.repeat_interleave(heads // key_heads, dim=1) for x in (k, v))
     mask = seen(rows.longest, window, q.device) if window is not None else None

@@ -39,8 +39,9 @@ class Pair:
     scale: float
     outputs: slice
     ranks: slice = field(default_factory=lambda: slice(0))
-    places: tuple[int, int] = (0, 0)
-    """Where A and B begin in the store's parameter."""
+    a_at: int = 0
+    """Where A begins in the store's parameter."""
+    b_at: int = 0
     up_gradient: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -122,14 +123,14 @@ class PairStore:
             layer.down_gradient = self.gradient[at : at + rank * inputs].view(rank, inputs)
             row = 0
             for pair in layer.pairs:
-                pair.places = (at, 0)
+                pair.a_at = at
                 pair.a.data = self.parameter.data[at : at + pair.a.numel()].view(pair.a.shape)
                 pair.ranks = slice(row, row + pair.a.shape[0])
                 row += pair.a.shape[0]
                 at += pair.a.numel()
             ready: list[torch.Tensor] = []
             for pair in layer.pairs:
-                pair.places = (pair.places[0], at)
+                pair.b_at = at
                 pair.b.data = self.parameter.data[at : at + pair.b.numel()].view(pair.b.shape)
                 ready.append(self.ready[at : at + pair.b.numel()].view(pair.b.shape))
                 pair.up_gradient = self.gradient[at : at + pair.b.numel()].view(pair.b.shape)

@@ -45,6 +45,11 @@ class Step:
     kernels: str = PLAIN.name
     """What computes between the products (`slmops.training.step.kernels`)."""
 
+    def document(self) -> dict[str, Any]:
+        """Return what a manifest says of it."""
+        in_int8 = {"in_int8": dict(zip(("matrices", "of"), self.in_int8, strict=True))} if self.in_int8 is not None else {}
+        return {"kernels": self.kernels, **in_int8}
+
 
 def prepare_step(model: nn.Module, rows: Sequence[Row], *, int8: bool = False) -> Step:
     """Make a model's training step fast, in place, as far as it stays the same computation.

@@ -15,14 +15,13 @@ import torch
 
 from slmops.compiling import NotCompiled, library
 from slmops.training.step.kernels.compiled import CompiledKernels, disagreement, fits
-from slmops.training.step.kernels.plain import Attention, Kernels
+from slmops.training.step.kernels.plain import PLAIN, Attention, Kernels
 
 __all__ = ["PLAIN", "Attention", "Kernels", "kernels_for", "why_not_compiled"]
 
 SWITCH = "SLMOPS_KERNELS"
 """Environment variable: `pytorch` keeps to PyTorch's operators."""
 SOURCE = Path(__file__).with_name("kernels.cpp")
-PLAIN = Kernels()
 
 
 def kernels_for(like: torch.Tensor, *widths: int) -> Kernels:

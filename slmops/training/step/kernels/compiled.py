@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slmops.training.step.kernels.plain import Attention, Kernels, Saved
+from slmops.training.step.kernels.plain import PLAIN, Attention, Kernels, Saved
 from slmops.training.step.rows import Rows, rounded_up
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _shape(y: torch.Tensor, how: Attention) -> _Shape:
 def _described(layer: Adapted) -> tuple[Any, int]:
     """Return a layer's pairs as the library wants them, and the numbers of a token's line of h."""
     if layer.described is None:
-        sizes = [(*pair.places, len(pair.a), pair.outputs.start, pair.outputs.stop - pair.outputs.start) for pair in layer.pairs]
+        sizes = [(pair.a_at, pair.b_at, len(pair.a), pair.outputs.start, pair.outputs.stop - pair.outputs.start) for pair in layer.pairs]
         pairs = (_Pair * len(sizes))(*(_Pair(*size, pair.scale) for size, pair in zip(sizes, layer.pairs, strict=True)))
         ranks, last = sum(len(pair.a) for pair in layer.pairs), len(layer.pairs[-1].a)
         filled = rounded_up(ranks - last + rounded_up(last, _VECTOR), _VECTOR)
@@ -215,7 +215,7 @@ def _described(layer: Adapted) -> tuple[Any, int]:
 def disagreement(kernels: Kernels) -> str | None:
     """Say which piece gives other numbers than PyTorch's operators on random ones; None where all agree."""
     for precision in _HALF:
-        ours, theirs = _pieces(kernels, precision), _pieces(Kernels(), precision)
+        ours, theirs = _pieces(kernels, precision), _pieces(PLAIN, precision)
         for name, right in theirs.items():
             if not float((ours[name].float() - right.float()).abs().max()) <= _TOLERANCE[precision] * float(right.abs().max()):
                 return f"the compiled kernels are off ({name}, {precision}): PyTorch's operators are used; please report it"

@@ -21,7 +21,7 @@ typedef uint32_t Words __attribute__((vector_size(4 * W)));
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
 typedef uint8_t Bytes __attribute__((vector_size(W)));
 
-struct BFloat16 {
+struct Half {  // bfloat16
     uint16_t bits;
 };
 
@@ -31,7 +31,7 @@ inline Floats load(const float* at) {
     return x;
 }
 
-inline Floats load(const BFloat16* at) {
+inline Floats load(const Half* at) {
     Halves half;
     std::memcpy(&half, at, sizeof half);
     return (Floats)(__builtin_convertvector(half, Words) << 16);
@@ -51,20 +51,20 @@ inline Halves halved(Floats x) {
 #endif
 }
 
-inline void store(BFloat16* at, Floats x) {
+inline void store(Half* at, Floats x) {
     Halves half = halved(x);
     std::memcpy(at, &half, sizeof half);
 }
 
 inline float wide(float x) { return x; }
-inline float wide(BFloat16 x) {
+inline float wide(Half x) {
     uint32_t bits = uint32_t(x.bits) << 16;
     float y;
     std::memcpy(&y, &bits, sizeof y);
     return y;
 }
 inline void put(float* at, float x) { *at = x; }
-inline void put(BFloat16* at, float x) {
+inline void put(Half* at, float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     at->bits = x == x ? uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) : 0x7fc0;
@@ -245,14 +245,14 @@ thread_local Scratch scratch;
 
 // Keys, turned, and values of a row (length, width), and the keys' transpose (width, length filled up).
 template <class T>
-void read(const T* y, const Shape& s, long row, long key, float* k, float* turned_k, float* v) {
+void read(const T* y, const Shape& s, long row, long key, float* k, float* k_columns, float* v) {
     long length = s.lengths[row];
     for (long i = 0; i < length; i++) {
         const T* token = y + s.token(row, i) * s.stacked() + (s.queries + key) * s.width;
         turned(token, s.cosine(i), s.sine(i), s.width, k + i * s.width);
         widened(token + s.keys * s.width, s.width, v + i * s.width);
     }
-    transposed(k, length, s.width, up(length), turned_k);
+    transposed(k, length, s.width, up(length), k_columns);
 }
 
 template <class T>
@@ -263,9 +263,9 @@ void attend(const T* y, T* answer, const Shape& s) {
         for (long key = 0; key < s.keys; key++) {
             long length = s.lengths[row], whole = up(length) * width;
             scratch.start(3 * whole + BLOCK * (2 * width + up(length)));
-            float *k = scratch.take(whole), *turned_k = scratch.take(whole), *v = scratch.take(whole);
+            float *k = scratch.take(whole), *k_columns = scratch.take(whole), *v = scratch.take(whole);
             float *q = scratch.take(BLOCK * width), *o = scratch.take(BLOCK * width), *p = scratch.take(BLOCK * up(length));
-            read(y, s, row, key, k, turned_k, v);
+            read(y, s, row, key, k, k_columns, v);
             for (long head = key * groups; head < (key + 1) * groups; head++)
                 for (long i = row ? s.shared : 0; i < length; i += BLOCK) {
                     long n = std::min(BLOCK, length - i), seen = i + n, columns = up(seen);
@@ -273,7 +273,7 @@ void attend(const T* y, T* answer, const Shape& s) {
                         const T* token = y + s.token(row, i + m) * s.stacked();
                         turned(token + head * width, s.cosine(i + m), s.sine(i + m), width, q + m * width);
                     }
-                    product(q, {width, 1}, turned_k, up(length), p, columns, n, columns, width, false);
+                    product(q, {width, 1}, k_columns, up(length), p, columns, n, columns, width, false);
                     softmax(p, n, i, columns, s.scale, s.window);
                     product(p, {columns, 1}, v, width, o, width, n, width, seen, false);
                     for (long m = 0; m < n; m++) {
@@ -323,12 +323,12 @@ void attend_back(const T* y, const T* of_answer, T* of_y, float* of_shared, cons
         for (long key = 0; key < s.keys; key++) {
             long length = s.lengths[row], padded = up(length), whole = padded * width;
             scratch.start(6 * whole + BLOCK * (3 * width + 2 * padded));
-            float *k = scratch.take(whole), *turned_k = scratch.take(whole), *v = scratch.take(whole), *turned_v = scratch.take(whole);
+            float *k = scratch.take(whole), *k_columns = scratch.take(whole), *v = scratch.take(whole), *v_columns = scratch.take(whole);
             float *of_k = scratch.take(whole), *of_v = scratch.take(whole);
             float *q = scratch.take(BLOCK * width), *of_q = scratch.take(BLOCK * width), *of_o = scratch.take(BLOCK * width);
             float *p = scratch.take(BLOCK * padded), *of_p = scratch.take(BLOCK * padded);
-            read(y, s, row, key, k, turned_k, v);
-            transposed(v, length, width, padded, turned_v);
+            read(y, s, row, key, k, k_columns, v);
+            transposed(v, length, width, padded, v_columns);
             std::fill(of_k, of_k + whole, 0.0f);
             std::fill(of_v, of_v + whole, 0.0f);
             for (long head = key * groups; head < (key + 1) * groups; head++)
@@ -339,9 +339,9 @@ void attend_back(const T* y, const T* of_answer, T* of_y, float* of_shared, cons
                         turned(y + token * all + head * width, s.cosine(i + m), s.sine(i + m), width, q + m * width);
                         widened(of_answer + token * out + head * width, width, of_o + m * width);
                     }
-                    product(q, {width, 1}, turned_k, padded, p, columns, n, columns, width, false);
+                    product(q, {width, 1}, k_columns, padded, p, columns, n, columns, width, false);
                     softmax(p, n, i, columns, s.scale, s.window);
-                    product(of_o, {width, 1}, turned_v, padded, of_p, columns, n, columns, width, false);
+                    product(of_o, {width, 1}, v_columns, padded, of_p, columns, n, columns, width, false);
                     product(p, {1, columns}, of_o, width, of_v, width, seen, width, n, true);
                     softmax_back(p, of_p, n, columns, s.scale);
                     product(of_p, {1, columns}, q, width, of_k, width, seen, width, n, true);
@@ -589,71 +589,93 @@ void add_pairs_back(const T* x, const float* h, const T* of_y, T* of_x, float* f
     }
 }
 
+// Call with a number of the precision that is meant: compiled.py says 1 for bf16, 0 for fp32.
+template <class F>
+void typed(int half, F call) {
+    if (half) call(Half{});
+    else call(0.0f);
+}
+
 }  // namespace
-
-
-using Half = BFloat16;
 
 extern "C" {
 
 void slmops_normalize(int half_x, int half_y, const void* x, const void* weight, void* y, float* inverse, float epsilon, long rows,
                       long width, int threads) {
-    if (half_x && half_y) normalize((const Half*)x, (const Half*)weight, (Half*)y, inverse, rows, width, epsilon, threads);
-    else if (half_x) normalize((const Half*)x, (const float*)weight, (float*)y, inverse, rows, width, epsilon, threads);
-    else if (half_y) normalize((const float*)x, (const Half*)weight, (Half*)y, inverse, rows, width, epsilon, threads);
-    else normalize((const float*)x, (const float*)weight, (float*)y, inverse, rows, width, epsilon, threads);
+    typed(half_x, [&](auto of_x) {
+        typed(half_y, [&](auto of_y) {
+            using X = decltype(of_x);
+            using Y = decltype(of_y);
+            normalize((const X*)x, (const Y*)weight, (Y*)y, inverse, rows, width, epsilon, threads);
+        });
+    });
 }
 
 void slmops_normalize_back(int half_x, int half_y, const void* x, const void* weight, const float* inverse, const void* of_y, void* of_x,
                            long rows, long width, int threads) {
-    auto run = [&](auto* of, const auto* w) {
-        auto* in = (decltype(of))x;
-        normalize_back(in, w, inverse, (decltype(w))of_y, of, rows, width, threads);
-    };
-    if (half_x && half_y) run((Half*)of_x, (const Half*)weight);
-    else if (half_x) run((Half*)of_x, (const float*)weight);
-    else if (half_y) run((float*)of_x, (const Half*)weight);
-    else run((float*)of_x, (const float*)weight);
+    typed(half_x, [&](auto one) {
+        typed(half_y, [&](auto other) {
+            using X = decltype(one);
+            using Y = decltype(other);
+            normalize_back((const X*)x, (const Y*)weight, inverse, (const Y*)of_y, (X*)of_x, rows, width, threads);
+        });
+    });
 }
 
 void slmops_gate(int half, const void* both, void* inner, long rows, long width, int threads) {
-    if (half) gate((const Half*)both, (Half*)inner, rows, width, threads);
-    else gate((const float*)both, (float*)inner, rows, width, threads);
+    typed(half, [&](auto t) {
+        using T = decltype(t);
+        gate((const T*)both, (T*)inner, rows, width, threads);
+    });
 }
 
 void slmops_gate_back(int half, const void* both, const void* of_inner, void* of_both, long rows, long width, int threads) {
-    if (half) gate_back((const Half*)both, (const Half*)of_inner, (Half*)of_both, rows, width, threads);
-    else gate_back((const float*)both, (const float*)of_inner, (float*)of_both, rows, width, threads);
+    typed(half, [&](auto t) {
+        using T = decltype(t);
+        gate_back((const T*)both, (const T*)of_inner, (T*)of_both, rows, width, threads);
+    });
 }
 
 void slmops_attend(int half, const void* y, void* answer, const Shape* shape) {
-    if (half) attend((const Half*)y, (Half*)answer, *shape);
-    else attend((const float*)y, (float*)answer, *shape);
+    typed(half, [&](auto t) {
+        using T = decltype(t);
+        attend((const T*)y, (T*)answer, *shape);
+    });
 }
 
 void slmops_attend_back(int half, const void* y, const void* of_answer, void* of_y, float* of_shared, const Shape* shape) {
-    if (half) attend_back((const Half*)y, (const Half*)of_answer, (Half*)of_y, of_shared, *shape);
-    else attend_back((const float*)y, (const float*)of_answer, (float*)of_y, of_shared, *shape);
+    typed(half, [&](auto t) {
+        using T = decltype(t);
+        attend_back((const T*)y, (const T*)of_answer, (T*)of_y, of_shared, *shape);
+    });
 }
 
 void slmops_quantize(int half, const void* x, uint8_t* codes, void* scales, long rows, long width, int threads) {
-    if (half) quantize((const Half*)x, codes, (Half*)scales, rows, width, threads);
-    else quantize((const float*)x, codes, (float*)scales, rows, width, threads);
+    typed(half, [&](auto t) {
+        using T = decltype(t);
+        quantize((const T*)x, codes, (T*)scales, rows, width, threads);
+    });
 }
 
 void slmops_scale(int half, void* y, const void* scales, long rows, long width, int threads) {
-    if (half) scale((Half*)y, (const Half*)scales, rows, width, threads);
-    else scale((float*)y, (const float*)scales, rows, width, threads);
+    typed(half, [&](auto t) {
+        using T = decltype(t);
+        scale((T*)y, (const T*)scales, rows, width, threads);
+    });
 }
 
 void slmops_add_pairs(int half, const void* x, void* y, float* h, const float* numbers, const Layer* layer, long tokens, int threads) {
-    if (half) add_pairs((const Half*)x, (Half*)y, h, numbers, *layer, tokens, threads);
-    else add_pairs((const float*)x, (float*)y, h, numbers, *layer, tokens, threads);
+    typed(half, [&](auto t) {
+        using T = decltype(t);
+        add_pairs((const T*)x, (T*)y, h, numbers, *layer, tokens, threads);
+    });
 }
 
 void slmops_add_pairs_back(int half, const void* x, const float* h, const void* of_y, void* of_x, float* found, const float* numbers,
                            const Layer* layer, long tokens, int threads) {
-    if (half) add_pairs_back((const Half*)x, h, (const Half*)of_y, (Half*)of_x, found, numbers, *layer, tokens, threads);
-    else add_pairs_back((const float*)x, h, (const float*)of_y, (float*)of_x, found, numbers, *layer, tokens, threads);
+    typed(half, [&](auto t) {
+        using T = decltype(t);
+        add_pairs_back((const T*)x, h, (const T*)of_y, (T*)of_x, found, numbers, *layer, tokens, threads);
+    });
 }
 }

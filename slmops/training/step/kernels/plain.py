@@ -190,6 +190,9 @@ class Kernels:
         return y.mul_(scales)
 
 
+PLAIN = Kernels()
+
+
 @lru_cache(maxsize=256)
 def causal_mask(longest: int, groups: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """(groups x longest, longest): 0 where a token may look, minus infinity elsewhere."""
