@@ -89,7 +89,7 @@ def _ours(options: argparse.Namespace) -> dict[str, float]:
 
     name = options.worker
     if name not in ("slmops", "int8"):
-        os.environ["SLMOPS_KERNELS"] = "pytorch"
+        os.environ["SLMOPS_COMPILE"] = "no"
     if name == "peft":
         step.prepare_step = lambda model, rows, int8=False: step.Step(step.Padded(model), patching.Patched(), "left as it is")
     if name == "patched":

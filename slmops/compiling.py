@@ -20,12 +20,19 @@ from slmops.cache import cache_folder
 
 # Sums and signs stay as they are written: -ffast-math would also change how the whole process treats numbers near 0.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+SWITCH = "SLMOPS_COMPILE"
+"""Environment variable: with `no` nothing of ours is compiled or used; PyTorch's and onnxruntime's operators do the same."""
 _COMPILERS = ("g++", "c++", "clang++")
 _SECONDS = 120
 
 
 class NotCompiled(Exception):
     """There is no library on this machine; the message says why, and what would help."""
+
+
+def switched_off() -> bool:
+    """Return whether the user asked for the libraries' own operators."""
+    return os.environ.get(SWITCH, "").lower() in ("no", "0", "false")
 
 
 def library(source: Path) -> ctypes.CDLL:
@@ -45,7 +52,7 @@ def library(source: Path) -> ctypes.CDLL:
             return found
         progress.say(f"{source.name} is compiled for this processor, once")
         with tempfile.TemporaryDirectory(prefix="slmops-") as scratch:
-            made = Path(scratch) / f"{source.stem}.so"
+            made = Path(scratch) / _name(source, by)
             _compile(source, by, made)
             if kept is not None and _keep(made, kept):
                 found = _loaded(kept)
@@ -89,7 +96,7 @@ def compiler() -> list[str]:
 
 
 def _compile(source: Path, by: list[str], made: Path) -> None:
-    command = [*by, *FLAGS, str(source), "-o", str(made)]
+    command = [*by, *FLAGS, f"-Wl,-soname,{made.name}", str(source), "-o", str(made)]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
     except subprocess.CalledProcessError as error:
@@ -101,13 +108,16 @@ def _compile(source: Path, by: list[str], made: Path) -> None:
 
 
 def _kept(source: Path, by: list[str]) -> Path | None:
-    """Return where the library is kept for this source, compiler and processor; None where there is no home."""
+    """Return where the library is kept; None where there is no home."""
     folder = cache_folder("compiled")
-    if folder is None:
-        return None
+    return folder / _name(source, by) if folder is not None else None
+
+
+def _name(source: Path, by: list[str]) -> str:
+    """Name a library after its source, the compiler and the processor."""
     status = Path(by[0]).resolve().stat()
     made_by = f"{by} {status.st_size} {status.st_mtime_ns} {' '.join(FLAGS)} {_processor()}"
-    return folder / f"{source.stem}-{hashlib.sha256(source.read_bytes() + made_by.encode()).hexdigest()[:32]}.so"
+    return f"slmops-{source.stem}-{hashlib.sha256(source.read_bytes() + made_by.encode()).hexdigest()[:32]}.so"
 
 
 def _processor() -> str:

@@ -212,12 +212,16 @@ def _torch_problems(torch: dict[str, Any] | None) -> list[Problem]:
 
 
 def _compiler() -> tuple[str | None, list[Problem]]:
-    """Return the C++ compiler, and what its absence means where something is trained."""
+    """Return the C++ compiler, and what its absence means for what this machine does."""
     try:
         return compiling.compiler()[0], []
     except compiling.NotCompiled as error:
-        matters = sys.platform == "linux" and environment.version_of("torch") is not None
-        return None, [Problem(str(error), "or leave it: a fine-tune takes up to half as long again")] if matters else []
+        costs = {
+            "torch": "a fine-tune takes up to half as long again",
+            "onnxruntime-genai": "an adapter costs a third more of a package's decoding speed",
+        }
+        felt = [cost for library, cost in costs.items() if environment.version_of(library) is not None]
+        return None, [Problem(str(error), f"or leave it: {', '.join(felt)}")] if felt and sys.platform == "linux" else []
 
 
 def _machine_problems(available: int, free: int, telemetry: dict[str, bool]) -> list[Problem]:

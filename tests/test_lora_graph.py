@@ -20,9 +20,10 @@ from tiny import make_export, make_model
 from slmops.errors import BadArtifact, Unavailable
 from slmops.graph import checking
 from slmops.graph.linears import HEAD, linears, load_graph
-from slmops.graph.lora import A, B, Slot, add_slots, save_adapted_twins, slots
-from slmops.graph.rewriting import ADAPTED, DATA, FULL, MAIN
+from slmops.graph.lora import ADAPTER, A, B, Slot, add_slots, save_adapted_twins, save_fast_twin, slots
+from slmops.graph.rewriting import ADAPTED, DATA, FAST, FULL, MAIN
 from slmops.packing.pairs import graph_tensors, read_pairs
+from slmops.runtime import operators
 from slmops.runtime.adapter_files import Tensors
 from slmops.runtime.decoder import Cache, Decoder
 from slmops.runtime.hugging_face import load_model, parameter_shapes, read_adapter_config
@@ -160,6 +161,22 @@ def test_with_an_adapter_logits_are_pefts(family: Family, tmp_path: Path, case: 
     assert family.run(tensors, ADAPTED).shape[1] == 1
     # And nothing of it stays: the next run without it is the base.
     np.testing.assert_array_equal(family.run(None), run(decoder(family.export, FULL)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(operators.library_name() is None, reason=f"nothing is compiled here: {operators.why_not_compiled()}")
+@pytest.mark.parametrize("case", CASES)
+def test_our_operator_is_the_graph_of_onnxruntimes_own(family: Family, tmp_path: Path, case: str) -> None:
+    peft_logits(family, tmp_path, **_settings(family, case))
+    tensors = tensors_of(tmp_path, family.slots)
+    layers = save_fast_twin(family.adapted, parameter_shapes(family.model))
+    assert checking.adapter_problems(family.adapted) == []
+    fast = decoder(family.adapted, FAST)
+    np.testing.assert_array_equal(run(fast), family.run(None, MAIN))
+    found = run(fast.with_adapter({ADAPTER: operators.packed(tensors, layers)}))
+    assert nmse(found, family.run(operators.rounded(tensors), ADAPTED)) <= 1e-10
+    assert nmse(found, family.run(tensors, ADAPTED)) <= 1e-5, "half precision"
+    (family.adapted / FAST).unlink()
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ ROWS = [{"text": f"play song {i}", "intent": "play"} for i in range(12)]
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     """As in a process that has looked for nothing yet, with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(module.SWITCH, raising=False)
+    monkeypatch.delenv(compiling.SWITCH, raising=False)
     module._found.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
@@ -263,7 +263,7 @@ def test_there_is_one_pool_of_threads() -> None:
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma3Text", "Olmo2"])
 @pytest.mark.parametrize("shared", [0, 6])
 def test_loss_and_gradients_by_pytorchs_operators(fresh: pytest.MonkeyPatch, family: str, shared: int) -> None:
-    fresh.setenv(module.SWITCH, "pytorch")
+    fresh.setenv(compiling.SWITCH, "no")
     rows = [([*range(5, 5 + shared), *ids], [-100] * shared + labels) for ids, labels in pairs()]
     model = adapted(base_of(family))
     expected = plain(model, rows)

@@ -8,7 +8,8 @@ from typing import Any
 
 from slmops.graph import kernels
 from slmops.graph.linears import HEAD, Linear, Model, embedding, linears, load_graph
-from slmops.graph.rewriting import ADAPTED, FULL, MAIN
+from slmops.graph.lora import OPERATOR
+from slmops.graph.rewriting import ADAPTED, FAST, FULL, MAIN
 from slmops.graph.static import dynamic_dimensions
 from slmops.targets import Target
 
@@ -73,6 +74,15 @@ def adapter_problems(folder: Path) -> list[str]:
     ]
     if not ours:
         lines.append(f"{ADAPTED} takes no adapters")
+    return lines + (_fast_problems(load_graph(folder / FAST), full, ours) if (folder / FAST).is_file() else [])
+
+
+def _fast_problems(fast: Model, full: Model, inputs: dict[str, int]) -> list[str]:
+    """Say where the graph for our operator is not the same model, or leaves out a layer."""
+    lines = [f"{FAST}: {line}" for line in _twin_problems(fast, full)]
+    layers = [node.attributes["layer"].as_int() for node in fast.graph if node.op_type == OPERATOR]
+    if layers != list(range(len(layers))) or not 0 < len(layers) <= len(inputs) // 2:
+        lines.append(f"{FAST} takes an adapter for {len(layers)} layers, and {ADAPTED} for {len(inputs) // 2} slots")
     return lines
 
 

@@ -21,14 +21,16 @@ from slmops.errors import BadArtifact, InvalidInput, RunFailed, Unavailable
 from slmops.exporting import choose_bounded_interface, eos_token_id, preflight, write_export
 from slmops.graph import checking
 from slmops.graph.linears import load_graph
-from slmops.graph.lora import save_adapted_twins, slots
+from slmops.graph.lora import save_adapted_twins, save_fast_twin, slots
 from slmops.graph.recipes import recipe_for
-from slmops.graph.rewriting import ADAPTED, FULL
+from slmops.graph.rewriting import ADAPTED, DATA, FULL
 from slmops.packing import inclusion
 from slmops.runtime import hugging_face
 from slmops.verification import self_test
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+# Where our operator pays: a base of fewer bytes has layers that are done before it matters, and a float one keeps adapters in float.
+_FAST_PRECISIONS, _FAST_BYTES = ("int4", "int8"), 32 << 20
 _BASE = "base"  # as in `verify --data base=FILE` and in every report
 
 
@@ -107,7 +109,10 @@ def _assemble(source: Path, named: dict[str, Path], settings: PackSettings) -> A
         inclusion.refuse_other_grids(candidates, draft.folder, model)
         stops = inclusion.common_stops(interface, candidates)
         with progress.task("let the graph take adapters"):
-            pairs = save_adapted_twins(draft.folder, hugging_face.parameter_shapes(model))
+            shapes = hugging_face.parameter_shapes(model)
+            pairs = save_adapted_twins(draft.folder, shapes)
+            if draft.facts["precision"] in _FAST_PRECISIONS and (draft.folder / DATA).stat().st_size >= _FAST_BYTES:
+                draft.facts["fast_layers"] = save_fast_twin(draft.folder, shapes)
         _configure_runtime(draft.folder / "genai_config.json", stops)
         problems = checking.adapter_problems(draft.folder)
         if problems:

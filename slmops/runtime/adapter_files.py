@@ -21,7 +21,7 @@ Tensors = dict[str, np.ndarray]
 """By graph input: `LAYER.lora_A` (inputs, rank) and `LAYER.lora_B` (outputs, rank), float32, the scale in B."""
 
 
-def write_adapter(path: Path, tensors: Tensors) -> None:
+def write_adapter(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write an adapter file."""
     ort = environment.require("onnxruntime", "to write an adapter file")
     content = ort.AdapterFormat()

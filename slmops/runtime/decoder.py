@@ -20,7 +20,9 @@ import numpy as np
 
 from slmops import environment
 from slmops.errors import BadArtifact, RunFailed, Unavailable
-from slmops.runtime import adapter_files
+from slmops.graph.lora import ADAPTER
+from slmops.graph.rewriting import FAST
+from slmops.runtime import adapter_files, operators
 from slmops.runtime.providers import open_session, provider_of
 from slmops.targets import Target
 
@@ -91,6 +93,8 @@ class Decoder:
         self.last_only = outputs["logits"].shape[1] == 1
         self.adapter_widths: dict[str, int] = {value.name: value.shape[0] for value in self.session.get_overridable_initializers()}
         """The first dimension of each tensor that an adapter may bring; none where the graph takes no adapters."""
+        self.takes_packed = list(self.adapter_widths) == [ADAPTER]
+        """It takes an adapter as one input, for our operator, which checks it."""
         self._adapter: dict[str, Any] = {}
 
     def with_adapter(self, tensors: Mapping[str, np.ndarray]) -> Decoder:
@@ -100,7 +104,7 @@ class Decoder:
             BadArtifact: a tensor is no input of the graph, or has another shape; onnxruntime would say nothing.
         """
         ort = environment.require("onnxruntime", "to run a package")
-        wrong = adapter_files.problems(tensors, self.adapter_widths)
+        wrong = adapter_files.problems(tensors, self.adapter_widths) if not self.takes_packed else []
         if wrong:
             raise BadArtifact(f"the adapter does not fit the graph: {'; '.join(wrong[:3])}", "pack the adapter again")
         adapted = copy(self)
@@ -180,6 +184,8 @@ def _session(path: Path, threads: int, target: Target | None) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors come as exceptions; without this they are printed as well
     options.intra_op_num_threads = threads
+    if path.name == FAST:
+        operators.register(options)
     try:
         return open_session(str(path), options, target)
     except Exception as error:  # the binding's own classes (Fail, InvalidGraph ...) derive from Exception alone

@@ -169,7 +169,7 @@ class GenaiRunner:
         return self._sessions.model(self._main_name)
 
     def _adapted(self, decoder: Decoder) -> Decoder:
-        return decoder if self._adapter is None else decoder.with_adapter(self._adapter.tensors())
+        return decoder if self._adapter is None else decoder.with_adapter(self._adapter.tensors(packed=decoder.takes_packed))
 
     @property
     def _piece_tokens(self) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,8 @@ from slmops import artifact, environment
 from slmops.artifact import Artifact
 from slmops.data import Interface, Tokenizer
 from slmops.errors import BadArtifact, InvalidInput
-from slmops.runtime import adapter_files
+from slmops.graph.lora import ADAPTER
+from slmops.runtime import adapter_files, operators
 from slmops.runtime.engines import engine_of, open_export, weights_bytes
 from slmops.runtime.genai_runner import GenaiRunner
 from slmops.runtime.runner import ExportRunner, Sampling
@@ -113,7 +114,7 @@ class Package:
         self._is_genai = engine is None or engine.name == "genai"
         if self._is_genai:
             self._sessions = Sessions(self.folder, self.threads, prepacking=prepacking)
-        self._library = _Library(found, most_loaded)
+        self._library = _Library(found, most_loaded, fast=lambda: self._is_genai and self._sessions.fast)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -190,9 +191,9 @@ class _Adapter:
         self.library, self.weights = library, weights
         self.key = "+".join(f"{name}={weight!r}" for name, weight in weights.items())
 
-    def tensors(self) -> Mapping[str, np.ndarray]:
+    def tensors(self, *, packed: bool) -> Mapping[str, np.ndarray]:
         """Return its tensors: see `ActiveAdapter`."""
-        return self.library.tensors(self.weights)
+        return self.library.packed(self.weights) if packed else self.library.tensors(self.weights)
 
     def activate(self, generator: Any, model: Any) -> None:
         """Turn it on: see `ActiveAdapter`."""
@@ -202,8 +203,8 @@ class _Adapter:
 class _Library:
     """The adapters of a package: their files, and those that onnxruntime-genai has loaded, in the order of their use."""
 
-    def __init__(self, found: Artifact, most_loaded: int) -> None:
-        self.found, self.most_loaded = found, max(1, most_loaded)
+    def __init__(self, found: Artifact, most_loaded: int, fast: Callable[[], bool]) -> None:
+        self.found, self.most_loaded, self._fast = found, max(1, most_loaded), fast
         self._order: OrderedDict[str, Path] = OrderedDict()
         self._sums = itertools.count()
         self._runtime: Any = None
@@ -222,19 +223,28 @@ class _Library:
         return self._runtime
 
     def tensors(self, weights: Mapping[str, float]) -> dict[str, np.ndarray]:
-        """Return the weighted sum of adapters by the graph's inputs, checked.
+        """Return the weighted sum of adapters by the graph's inputs, checked; where our operator runs them, rounded as it reads them.
 
         Raises:
             BadArtifact: one was made for another base, or does not fit the graph.
         """
-        parts = [(weight, self._read(name)) for name, weight in weights.items()]
-        return parts[0][1] if len(parts) == 1 and parts[0][0] == 1 else adapter_files.combine(parts)
+        whole = self._sum(weights)
+        return operators.rounded(whole) if self._fast() else whole
+
+    def packed(self, weights: Mapping[str, float]) -> dict[str, np.ndarray]:
+        """Return the weighted sum of adapters as our operator reads it, checked."""
+        return {ADAPTER: operators.packed(self._sum(weights), self.found.manifest.facts["fast_layers"])}
 
     def close(self) -> None:
         self._order.clear()
         self._runtime = None
         if self._scratch is not None:
             self._scratch.cleanup()
+            self._scratch = None
+
+    def _sum(self, weights: Mapping[str, float]) -> dict[str, np.ndarray]:
+        parts = [(weight, self._read(name)) for name, weight in weights.items()]
+        return parts[0][1] if len(parts) == 1 and parts[0][0] == 1 else adapter_files.combine(parts)
 
     def _read(self, name: str) -> dict[str, np.ndarray]:
         details = adapter_facts(self.found, name)
@@ -248,10 +258,10 @@ class _Library:
         return tensors
 
     def _file(self, adapter: _Adapter) -> Path:
-        """Return a file for the runtime: an adapter's own once it is checked, or a weighted sum's, written once."""
-        tensors = self.tensors(adapter.weights)
+        """Return a file for the runtime: an adapter's own once it is checked, or one that is written once: a sum's, or our operator's."""
+        tensors = adapter.tensors(packed=self._fast())
         (name, weight), *more = adapter.weights.items()
-        if not more and weight == 1:
+        if not more and weight == 1 and not self._fast():
             return self.found.path / adapter_facts(self.found, name)["file"]
         self._scratch = self._scratch or TemporaryDirectory(prefix="slmops-adapters-")
         path = Path(self._scratch.name) / f"{next(self._sums)}{adapter_files.SUFFIX}"
@@ -269,4 +279,4 @@ class _Library:
                 continue
             file = self._order.pop(key)
             if self._scratch is not None and file.parent == Path(self._scratch.name):
-                file.unlink()  # a sum's; until now the runtime had it mapped
+                file.unlink()  # until now the runtime had it mapped

@@ -1,13 +1,14 @@
 """Which sessions does a folder have in memory? Each graph is loaded when it is first needed, once for all adapters.
 
 A package has its base twice: `model.onnx` takes no adapters and is the fastest, `model_adapters.onnx` takes them as
-inputs. Whoever uses only one of the two loads only that one.
+inputs, or `model_adapters_fast.onnx` where this machine has our operator. Whoever uses only one of them loads only that one.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,8 @@ import numpy as np
 
 from slmops import environment
 from slmops.errors import BadArtifact
-from slmops.graph.rewriting import ADAPTED, MAIN
+from slmops.graph.rewriting import ADAPTED, FAST, MAIN
+from slmops.runtime import operators
 from slmops.runtime.decoder import Decoder
 from slmops.runtime.providers import provider_of, register_with_genai, require_provider
 
@@ -23,8 +25,8 @@ from slmops.runtime.providers import provider_of, register_with_genai, require_p
 class ActiveAdapter(Protocol):
     """An adapter that is on while a runner runs."""
 
-    def tensors(self) -> Mapping[str, np.ndarray]:
-        """Return its tensors by the graph's inputs."""
+    def tensors(self, *, packed: bool) -> Mapping[str, np.ndarray]:
+        """Return its tensors by a graph's inputs, or as the one input of a graph for our operator."""
         ...
 
     def activate(self, generator: Any, model: Any) -> None:
@@ -60,10 +62,17 @@ class Sessions:
         if self._target is not None:
             require_provider(self._target, folder)
 
+    @cached_property
+    def fast(self) -> bool:
+        """Whether adapters run by our operator: the package has a graph for it, and this machine the operator."""
+        return self._configured == ADAPTED and (self.folder / FAST).is_file() and operators.library_name() is not None
+
     def filename(self, *, adapted: bool) -> str:
-        """Return the graph to run: the one that the config names, or a package's own for the base alone."""
+        """Return the graph to run: the one that the config names, or a package's own for the base alone, or for our operator."""
         has_base = self._configured == ADAPTED and (self.folder / MAIN).is_file()
-        return MAIN if has_base and not adapted else self._configured
+        if has_base and not adapted:
+            return MAIN
+        return FAST if adapted and self.fast else self._configured
 
     def decoder(self, filename: str) -> Decoder:
         """Return onnxruntime's session of a graph."""
@@ -84,6 +93,8 @@ class Sessions:
             options: dict[str, Any] = {"intra_op_num_threads": self.threads}
             if not self.prepacking:
                 options["session.disable_prepacking"] = "1"
+            if filename == FAST:
+                options["custom_ops_library"] = operators.library_name()
             config.overlay(json.dumps({"model": {"decoder": {"filename": filename, "session_options": options}}}))
             try:
                 self._models[filename] = og.Model(config)

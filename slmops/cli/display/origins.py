@@ -30,7 +30,7 @@ def lineage(page: Page, document: Mapping[str, Any]) -> None:
             *(
                 _fact(name, value)
                 for name, value in (manifest.get("facts") or {}).items()
-                if name not in ("size_bytes", "slots", "adapters", "roads")
+                if name not in ("size_bytes", "slots", "fast_layers", "adapters", "roads")
             ),
             *roads((manifest.get("facts") or {}).get("roads")),
             ("adapters", _adapters((manifest.get("facts") or {}).get("adapters"))),

@@ -7,20 +7,17 @@ and held against PyTorch's operators on random numbers before they are used. Wit
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from slmops.compiling import NotCompiled, library
+from slmops.compiling import NotCompiled, library, switched_off
 from slmops.training.step.kernels.compiled import CompiledKernels, disagreement, fits
 from slmops.training.step.kernels.plain import PLAIN, Attention, Kernels
 
 __all__ = ["PLAIN", "Attention", "Kernels", "kernels_for", "why_not_compiled"]
 
-SWITCH = "SLMOPS_KERNELS"
-"""Environment variable: `pytorch` keeps to PyTorch's operators."""
 SOURCE = Path(__file__).with_name("kernels.cpp")
 
 
@@ -36,7 +33,7 @@ def why_not_compiled() -> str | None:
 
 @cache
 def _found() -> tuple[Kernels, str | None]:
-    if os.environ.get(SWITCH) == "pytorch":
+    if switched_off():
         return PLAIN, None
     try:
         kernels = CompiledKernels(library(SOURCE))
