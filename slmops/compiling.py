@@ -19,7 +19,7 @@ from slmops import progress
 from slmops.cache import cache_folder
 
 # Sums and signs stay as they are written: -ffast-math would also change how the whole process treats numbers near 0.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 SWITCH = "SLMOPS_COMPILE"
 """Environment variable: with `no` nothing of ours is compiled or used; PyTorch's and onnxruntime's operators do the same."""
 _COMPILERS = ("g++", "c++", "clang++")
@@ -35,16 +35,17 @@ def switched_off() -> bool:
     return os.environ.get(SWITCH, "").lower() in ("no", "0", "false")
 
 
-def library(source: Path) -> ctypes.CDLL:
+def library(source: Path, *flags: str) -> ctypes.CDLL:
     """Return what a C++ source becomes, compiled now where it never was on this machine.
 
     Args:
         source: one file, without headers but the language's own.
+        flags: of the compiler, beside `FLAGS`.
 
     Raises:
         NotCompiled: there is no compiler that compiles it.
     """
-    by = compiler()
+    by = [*compiler(), *flags]
     try:
         kept = _kept(source, by)
         found = _loaded(kept) if kept is not None else None

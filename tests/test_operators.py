@@ -6,6 +6,7 @@ import ctypes
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,25 +61,45 @@ def test_it_adds_what_numpy_adds(tokens: int, inputs: int, outputs: int, rank: i
 
 
 @compiled
-def test_a_layer_so_large_that_threads_share_it() -> None:
+@pytest.mark.parametrize("tokens", [1, 150])
+def test_a_layer_so_large_that_threads_share_it(tokens: int, tmp_path: Path) -> None:
+    """In onnxruntime, whose threads do its parts: the same bits as by one thread."""
+    import onnx
+    import onnxruntime
+    from onnx import helper
+
     inputs, outputs, rank = 4096, 8192, 32
+    model = onnx.load_from_string(operators.ONE_NODE)
+    for value, width in ((model.graph.input[0], inputs), (model.graph.input[1], outputs), (model.graph.output[0], outputs)):
+        value.CopyFrom(helper.make_tensor_value_info(value.name, onnx.TensorProto.FLOAT, ["t", width]))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 4
+    operators.register(options)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     tensors = rounded(pair(inputs, outputs, rank))
-    x, y = random(1, inputs), np.zeros((1, outputs), np.float32)
-    assert multiply(ours(), packed(tensors, [[("0", [outputs])]]), 0, x, y) is None
-    right = x.astype(np.float64) @ tensors["0" + A] @ tensors["0" + B].T
-    np.testing.assert_allclose(y, right, atol=1e-5 * float(np.abs(right).max()))
+    adapter = packed(tensors, [[("0", [outputs])]])
+    x, y = random(tokens, inputs), random(tokens, outputs)
+    for _ in range(5):
+        found = session.run(None, {"x": x, "p": y, "adapter": adapter})[0]
+        alone = y.copy()
+        multiply(ours(), adapter, 0, x, alone)
+        np.testing.assert_array_equal(found, alone)
+    right = y + x.astype(np.float64) @ tensors["0" + A] @ tensors["0" + B].T
+    np.testing.assert_allclose(found, right, atol=1e-5 * float(np.abs(right).max()))
 
 
 @compiled
-def test_a_token_is_the_same_whatever_stands_beside_it() -> None:
-    adapter = packed(pair(48, 80, 5), [[("0", [80])]])
-    x = random(23, 48)
-    whole = np.zeros((23, 80), np.float32)
+@pytest.mark.parametrize("rank", [5, 16])
+def test_a_token_is_the_same_whatever_stands_beside_it(rank: int) -> None:
+    adapter = packed(pair(48, 80, rank), [[("0", [80])]])
+    x, y = random(23, 48), random(23, 80)
+    whole = y.copy()
     multiply(ours(), adapter, 0, x, whole)
-    for first in range(0, 21):
-        part = np.zeros((2, 80), np.float32)
-        multiply(ours(), adapter, 0, np.ascontiguousarray(x[first : first + 2]), part)
-        np.testing.assert_array_equal(part, whole[first : first + 2])
+    for count in (1, 2, 9):
+        for first in range(23 - count + 1):
+            part = y[first : first + count].copy()
+            multiply(ours(), adapter, 0, np.ascontiguousarray(x[first : first + count]), part)
+            np.testing.assert_array_equal(part, whole[first : first + count])
 
 
 @compiled
@@ -124,7 +145,8 @@ def test_what_is_no_adapter_is_an_error(fault: str) -> None:
         whole = words.view(np.uint8)
     whole = np.ascontiguousarray(whole[: cut.get(fault, whole.size)])
     x, y = random(2, 48), np.zeros((2, 80), np.float32)
-    assert "Lora" in (multiply(ours(), whole, 0, x, y) or "")
+    said = {"magic": "no adapter", "pairs": "no such pairs", "outputs": "another layer's shape", "cut in the header": "no adapter"}
+    assert said.get(fault, "ends early") in (multiply(ours(), whole, 0, x, y) or "")
     assert "no such layer" in (multiply(ours(), good, 1, x, y) or "")
     assert "shape" in (multiply(ours(), good, 0, random(2, 64), y) or "")
     assert not y.any()
@@ -141,6 +163,30 @@ def test_it_can_be_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "compiler", lambda: ["/bin/false"])
     monkeypatch.setattr(compiling, "_kept", lambda *_: None)
     assert operators.library_name() is None and "lora.cpp" in (operators.why_not_compiled() or "")
+    operators._found.cache_clear()
+
+
+@compiled
+def test_the_graph_of_one_node_is_what_it_says() -> None:
+    from onnx import TensorProto, helper
+
+    def end(name: str, kind: int, shape: list[Any]) -> Any:
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    ends = [end("x", TensorProto.FLOAT, ["t", 16]), end("p", TensorProto.FLOAT, ["t", 16]), end("adapter", TensorProto.UINT8, ["bytes"])]
+    node = helper.make_node("Lora", ["x", "p", "adapter"], ["y"], domain="slmops", layer=0)
+    graph = helper.make_graph([node], "g", ends, [end("y", TensorProto.FLOAT, ["t", 16])])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("slmops", 1)]
+    assert helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString() == operators.ONE_NODE
+
+
+@compiled
+def test_what_onnxruntime_does_not_take_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(operators.progress, "say", said.append)
+    monkeypatch.setattr(operators, "ONE_NODE", operators.ONE_NODE.replace(b"Lora", b"Lore"))
+    operators._found.cache_clear()
+    assert operators.library_name() is None and "does not take" in said[0]
     operators._found.cache_clear()
 
 
@@ -242,7 +288,7 @@ def logits(opened: Package, adapter: str | dict[str, float] | None = None) -> np
 @pytest.mark.slow
 def test_a_package_runs_it_and_switches(package: Path) -> None:
     opened = Package(package, threads=1)
-    assert opened.runner("a")._main_name == FAST
+    assert opened.runner("a").graph == FAST
     first, other, summed, alone = logits(opened, "a"), logits(opened, "b"), logits(opened, {"a": 0.7, "b": 0.3}), logits(opened)
     for found, again in ((first, "a"), (other, "b"), (summed, {"a": 0.7, "b": 0.3}), (alone, None)):
         np.testing.assert_array_equal(logits(opened, again), found)  # pyright: ignore[reportArgumentType]
@@ -259,7 +305,7 @@ def test_without_the_operator_onnxruntimes_own_run_the_same_package(package: Pat
     with_it = {name: logits(Package(package, threads=1), name) for name in ("a", "b")}
     monkeypatch.setattr(operators, "_found", lambda: (None, "no C++ compiler"))
     opened = Package(package, threads=1)
-    assert opened.runner("a")._main_name == ADAPTED
+    assert opened.runner("a").graph == ADAPTED
     for name, found in with_it.items():
         assert nmse(logits(opened, name), found) <= 1e-3, "activations in 8 bits round elsewhere"
     assert slmops.verify(package, self_test=True).failed_stage is None
@@ -281,9 +327,58 @@ def test_the_package_is_proven(package: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_float_package_and_a_small_one_have_no_such_graph(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    made = slmops.pack(base, out=tmp_path / "package", precision="int8", adapter=[f"a={adapters['a']}"])
+@pytest.mark.parametrize(("precision", "least"), [("int8", assembling._FAST_BYTES), ("fp32", 0)])
+def test_a_float_package_and_a_small_one_have_no_such_graph(
+    base: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, least: int
+) -> None:
+    monkeypatch.setattr(assembling, "_FAST_BYTES", least)
+    made = slmops.pack(base, out=tmp_path / "package", precision=precision, adapter=[f"a={adapters['a']}"])
     assert not (made.path / FAST).exists() and "fast_layers" not in made.manifest.facts
+
+
+@compiled
+@pytest.mark.slow
+def test_what_somebody_put_in_the_librarys_place_is_not_loaded(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Package(package, threads=1).runner("a").graph == FAST
+    (tmp_path / str(operators.library_name())).write_bytes(b"somebody's")
+    opened = Package(package, threads=1)
+    assert opened.runner("a").graph == ADAPTED
+    assert np.isfinite(logits(opened, "a")).all()
+
+
+@compiled
+@pytest.mark.slow
+def test_where_the_runtime_takes_no_library_the_portable_graph_runs(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "library_name", lambda: "no-such-library.so")
+    opened = Package(package, threads=1)
+    found = logits(opened, "a")
+    assert not opened._sessions.fast
+    np.testing.assert_array_equal(found, logits(Package(package, threads=1, portable=True), "a"))
+
+
+@compiled
+@pytest.mark.slow
+def test_adapters_come_and_go(package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opened = Package(package, threads=2, most_loaded=1)
+    own = {name: logits(opened, name) for name in RANKS}
+    streams = {name: opened.runner(name).stream(IDS, max_new_tokens=9, stop_token_ids=[2]) for name in RANKS}
+    beside = list(zip(*streams.values(), strict=False))
+    for name, tokens in zip(RANKS, zip(*beside, strict=True), strict=True):
+        assert list(tokens) == next(opened.runner(name).generate([IDS], max_new_tokens=9, stop_token_ids=[2]))[: len(tokens)]
+        np.testing.assert_array_equal(logits(opened, name), own[name])
+    del streams, beside
+    logits(opened, {"a": 0.5})  # room is made for it
+    assert opened._library._scratch is not None
+    assert len(list(Path(opened._library._scratch.name).iterdir())) == 1, "what is not loaded is not kept"
+    opened.close()
+    monkeypatch.setattr("slmops.runtime.package.TemporaryDirectory", refuse)
+    with pytest.raises(RunFailed, match="laid out"):
+        logits(Package(package, threads=1), "a")
+
+
+def refuse(**_: Any) -> Any:
+    raise PermissionError("closed")
 
 
 @compiled
@@ -293,4 +388,5 @@ def test_an_adapter_that_is_added_runs_on_it_too(package: Path, adapters: dict[s
     shutil.copytree(package, copy)
     slmops.pack(copy, remove=["b"])
     slmops.pack(copy, adapter=[f"c={adapters['b']}"])
+    assert Package(copy, threads=1).runner("c").graph == FAST
     np.testing.assert_array_equal(logits(Package(copy, threads=1), "c"), logits(Package(package, threads=1), "b"))

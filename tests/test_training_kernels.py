@@ -298,7 +298,7 @@ def test_it_is_compiled_once(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @compiled
 def test_a_damaged_library_is_compiled_again(fresh: pytest.MonkeyPatch) -> None:
-    kept = compiling._kept(module.SOURCE, compiling.compiler())
+    kept = compiling._kept(module.SOURCE, [*compiling.compiler(), module.FLAG])
     assert kept is not None
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"cut off")
@@ -318,7 +318,7 @@ def test_a_home_that_is_closed_is_done_without(fresh: pytest.MonkeyPatch, tmp_pa
 @compiled
 @pytest.mark.parametrize("place", ["library", "folder"])
 def test_a_library_that_others_can_write_is_not_loaded(fresh: pytest.MonkeyPatch, place: str) -> None:
-    kept = compiling._kept(module.SOURCE, compiling.compiler())
+    kept = compiling._kept(module.SOURCE, [*compiling.compiler(), module.FLAG])
     assert kept is not None
     kept.parent.mkdir(parents=True, mode=0o700)
     kept.write_bytes(b"")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from slmops.errors import BadArtifact, InvalidInput, RunFailed, Unavailable
 from slmops.exporting import choose_bounded_interface, eos_token_id, preflight, write_export
 from slmops.graph import checking
 from slmops.graph.linears import load_graph
-from slmops.graph.lora import save_adapted_twins, save_fast_twin, slots
+from slmops.graph.lora import Slot, save_adapted_twins, save_fast_twin, slots
 from slmops.graph.recipes import recipe_for
 from slmops.graph.rewriting import ADAPTED, DATA, FULL
 from slmops.packing import inclusion
@@ -108,15 +109,8 @@ def _assemble(source: Path, named: dict[str, Path], settings: PackSettings) -> A
         interface = Interface.model_validate(draft.interface)
         inclusion.refuse_other_grids(candidates, draft.folder, model)
         stops = inclusion.common_stops(interface, candidates)
-        with progress.task("let the graph take adapters"):
-            shapes = hugging_face.parameter_shapes(model)
-            pairs = save_adapted_twins(draft.folder, shapes)
-            if draft.facts["precision"] in _FAST_PRECISIONS and (draft.folder / DATA).stat().st_size >= _FAST_BYTES:
-                draft.facts["fast_layers"] = save_fast_twin(draft.folder, shapes)
+        pairs = _let_take_adapters(draft, hugging_face.parameter_shapes(model))
         _configure_runtime(draft.folder / "genai_config.json", stops)
-        problems = checking.adapter_problems(draft.folder)
-        if problems:
-            raise RunFailed(f"the graph with adapters is not as it should be: {'; '.join(problems)}", "report the model's architecture")
         draft.facts |= {
             "base": base,
             "slots": {pair.name: [pair.inputs, pair.outputs] for pair in pairs},
@@ -129,6 +123,21 @@ def _assemble(source: Path, named: dict[str, Path], settings: PackSettings) -> A
                 draft.warn(warning)
         self_test.record(draft.folder, draft.interface, draft.facts, {c.name: c.prompts for c in candidates})
     return draft.done()
+
+
+def _let_take_adapters(draft: Draft, shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
+    """Write the graphs that take adapters, one for our operator among them where it pays; return the slots."""
+    with progress.task("let the graph take adapters"):
+        pairs = save_adapted_twins(draft.folder, shapes)
+        if draft.facts["precision"] in _FAST_PRECISIONS and (draft.folder / DATA).stat().st_size >= _FAST_BYTES:
+            draft.facts["fast_layers"] = save_fast_twin(draft.folder, shapes)
+    problems = checking.adapter_problems(draft.folder)
+    fast = [name for layer in draft.facts.get("fast_layers", []) for name, _ in layer]
+    if fast and fast != [pair.name for pair in pairs]:
+        problems.append("the graph for our operator has other slots than the one that any onnxruntime runs")
+    if problems:
+        raise RunFailed(f"the graph with adapters is not as it should be: {'; '.join(problems)}", "report the model's architecture")
+    return pairs
 
 
 def _refuse_without_adapters(target: targets.Target) -> None:

@@ -138,6 +138,17 @@ class GenaiRunner:
             yield logits
             part = [int(greedy(logits))]
 
+    @property
+    def graph(self) -> str:
+        """The file of the graph that runs."""
+        return self._main_name
+
+    def portable_logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Return what `next_logits` does, by the graph of onnxruntime's own operators, which every machine runs."""
+        self._check(ids, 0)
+        decoder = self._adapted(self._sessions.decoder(self._sessions.configured))
+        return decoder.prefill(ids, Cache(decoder, 1, len(ids)).arrays, self._piece_tokens)
+
     def runtime_logits(self, ids: Sequence[int]) -> np.ndarray:
         """Return what `next_logits` does, of onnxruntime-genai's own Generator, which a device runs."""
         return next(self.greedy_logits(ids, 1))

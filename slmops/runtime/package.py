@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ import numpy as np
 from slmops import artifact, environment
 from slmops.artifact import Artifact
 from slmops.data import Interface, Tokenizer
-from slmops.errors import BadArtifact, InvalidInput
+from slmops.errors import BadArtifact, InvalidInput, RunFailed
 from slmops.graph.lora import ADAPTER
 from slmops.runtime import adapter_files, operators
 from slmops.runtime.engines import engine_of, open_export, weights_bytes
@@ -85,36 +85,45 @@ class Package:
         folder: of `slmops pack`, or an export, which has no adapters.
         threads: of the operators; None: by the size of the weights.
         most_loaded: adapters kept in memory; the least recently used one goes.
-        prepacking: of onnxruntime: see `Sessions`.
+        prepacking, portable: of onnxruntime: see `Sessions`.
 
     Raises:
         BadArtifact: the package is incomplete or changed.
     """
 
-    def __init__(self, folder: Path | str, *, threads: int | None = None, most_loaded: int = _MOST_LOADED, prepacking: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        threads: int | None = None,
+        most_loaded: int = _MOST_LOADED,
+        prepacking: bool = True,
+        portable: bool = False,
+    ) -> None:
         found = artifact.load(folder, kinds=("package", "export"))
         artifact.check(found)
-        self._open(found, threads, most_loaded, prepacking=prepacking)
+        self._open(found, threads, most_loaded, prepacking=prepacking, portable=portable)
 
     @classmethod
     def of_parts(cls, folder: Path, interface: Mapping[str, Any] | None, facts: Mapping[str, Any], *, prepacking: bool = True) -> Package:
-        """Return a package that is still being written and has no manifest yet."""
+        """Return a package that is still being written and has no manifest yet, as any program would run it."""
         manifest = artifact.Manifest(
             kind="package", created="", version="", command="", interface=dict(interface) if interface else None, facts=dict(facts)
         )
         package = cls.__new__(cls)
-        package._open(Artifact(folder, manifest), None, _MOST_LOADED, prepacking=prepacking)
+        package._open(Artifact(folder, manifest), None, _MOST_LOADED, prepacking=prepacking, portable=True)
         return package
 
-    def _open(self, found: Artifact, threads: int | None, most_loaded: int, *, prepacking: bool) -> None:
+    def _open(self, found: Artifact, threads: int | None, most_loaded: int, *, prepacking: bool, portable: bool) -> None:
         self.found, self.folder = found, found.path
         self.threads = threads or environment.threads_for(weights_bytes(self.folder))
         self.tokenizer = Tokenizer.load(self.folder)
         engine = engine_of(self.folder)
         self._is_genai = engine is None or engine.name == "genai"
         if self._is_genai:
-            self._sessions = Sessions(self.folder, self.threads, prepacking=prepacking)
-        self._library = _Library(found, most_loaded, fast=lambda: self._is_genai and self._sessions.fast)
+            self._sessions = Sessions(self.folder, self.threads, prepacking=prepacking, portable=portable)
+        sessions = self._sessions if self._is_genai else None  # no reference to the package, which would then be freed late
+        self._library = _Library(found, most_loaded, fast=lambda: sessions is not None and sessions.fast)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -263,9 +272,13 @@ class _Library:
         (name, weight), *more = adapter.weights.items()
         if not more and weight == 1 and not self._fast():
             return self.found.path / adapter_facts(self.found, name)["file"]
-        self._scratch = self._scratch or TemporaryDirectory(prefix="slmops-adapters-")
-        path = Path(self._scratch.name) / f"{next(self._sums)}{adapter_files.SUFFIX}"
-        adapter_files.write_adapter(path, tensors)
+        try:
+            self._scratch = self._scratch or TemporaryDirectory(prefix="slmops-adapters-")
+            path = Path(self._scratch.name) / f"{next(self._sums)}{adapter_files.SUFFIX}"
+            adapter_files.write_adapter(path, tensors)
+        except (OSError, RuntimeError) as error:
+            hint = "name another folder with the environment variable TMPDIR, or free some space"
+            raise RunFailed(f"the adapter {adapter.key} cannot be laid out in {gettempdir()}: {error}", hint) from error
         return path
 
     def _make_room(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from slmops import environment
+from slmops import environment, progress
 from slmops.errors import BadArtifact
 from slmops.graph.rewriting import ADAPTED, FAST, MAIN
 from slmops.runtime import operators
@@ -41,13 +41,15 @@ class Sessions:
         folder: holds `genai_config.json`, the graphs and their data.
         threads: of the operators.
         prepacking: onnxruntime lays weights out anew when it loads them, for its kernels: worth it for more than a few tokens.
+        portable: adapters run by onnxruntime's own operators, as in any other program that opens the folder.
 
     Raises:
         BadArtifact: there is no config that can be used.
         Unavailable: the provider that the folder is made for is not here.
     """
 
-    def __init__(self, folder: Path, threads: int, *, prepacking: bool = True) -> None:
+    def __init__(self, folder: Path, threads: int, *, prepacking: bool = True, portable: bool = False) -> None:
+        self._may_be_fast = not portable
         self.folder, self.threads, self.prepacking = folder, threads, prepacking
         self._decoders: dict[str, Decoder] = {}
         self._models: dict[str, Any] = {}
@@ -55,7 +57,7 @@ class Sessions:
             self.config: dict[str, Any] = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
             self.max_length_tokens = int(self.config["search"].get("max_length") or self.config["model"]["context_length"])
             self.vocabulary = int(self.config["model"]["vocab_size"])
-            self._configured: str = self.config["model"]["decoder"]["filename"]
+            self.configured: str = self.config["model"]["decoder"]["filename"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadArtifact(f"{folder} has no genai_config.json that can be used: {error!r}", "export the model again") from error
         self._target = provider_of(self.config)
@@ -65,14 +67,18 @@ class Sessions:
     @cached_property
     def fast(self) -> bool:
         """Whether adapters run by our operator: the package has a graph for it, and this machine the operator."""
-        return self._configured == ADAPTED and (self.folder / FAST).is_file() and operators.library_name() is not None
+        if not self._may_be_fast or self.configured != ADAPTED or not (self.folder / FAST).is_file():
+            return False
+        name = operators.library_name()
+        # onnxruntime-genai looks for a bare name in these two folders first: what somebody put there is not loaded.
+        return name is not None and not any((place / name).exists() for place in (self.folder, Path.cwd()))
 
     def filename(self, *, adapted: bool) -> str:
         """Return the graph to run: the one that the config names, or a package's own for the base alone, or for our operator."""
-        has_base = self._configured == ADAPTED and (self.folder / MAIN).is_file()
+        has_base = self.configured == ADAPTED and (self.folder / MAIN).is_file()
         if has_base and not adapted:
             return MAIN
-        return FAST if adapted and self.fast else self._configured
+        return FAST if adapted and self.fast else self.configured
 
     def decoder(self, filename: str) -> Decoder:
         """Return onnxruntime's session of a graph."""
@@ -99,6 +105,10 @@ class Sessions:
             try:
                 self._models[filename] = og.Model(config)
             except RuntimeError as error:
+                if filename == FAST:
+                    self.__dict__["fast"] = False
+                    progress.say(f"adapters run on onnxruntime's own operators: {str(error).splitlines()[0][:200]}")
+                    return self.model(self.configured)
                 reason = str(error).splitlines()[0][:300]
                 raise BadArtifact(f"onnxruntime-genai cannot load {self.folder}: {reason}", "export the model again") from error
         return self._models[filename]

@@ -35,7 +35,7 @@ _TOP = 5
 # Largest difference of a logit between two processors. Quantized layers round their activations to 8 bits: a sum in
 # another order can flip a rounding (int4 of a 3M model: 0.5 between the kernels of one machine).
 # 16 bits: a logit of 25 is stored in steps of 0.016 (float16) or 0.125 (bfloat16), and what it is made of was rounded as coarsely.
-_TOLERANCES = {"fp32": 0.01, "fp16": 0.2, "bf16": 1.0, "int8": 0.5, "int4": 1.0}
+TOLERANCES = {"fp32": 0.01, "fp16": 0.2, "bf16": 1.0, "int8": 0.5, "int4": 1.0}
 
 
 def record(folder: Path, interface: Mapping[str, Any] | None, facts: Mapping[str, Any], prompts: Mapping[str, Sequence[list[int]]]) -> None:
@@ -64,7 +64,7 @@ def _record(
 ) -> None:
     package = Package.of_parts(folder, interface, facts, prepacking=_pays_to_pack(facts))
     openings = _openings(package.tokenizer, package.interface())
-    tolerance = _TOLERANCES.get(str(facts["precision"]), 1.0)
+    tolerance = TOLERANCES.get(str(facts["precision"]), 1.0)
     adapters: list[str | None] = [name for name in prompts if name]
     # The base and the adapters run two graphs: one at a time is loaded.
     groups = [[None], adapters] if not (folder / FILE).is_file() else [adapters]

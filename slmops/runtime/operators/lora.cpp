@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <map>
+#include <mutex>
 #include <utility>
 #include <vector>
 #ifdef __F16C__
@@ -30,11 +32,11 @@ struct Domain;
 struct Options;
 
 struct Base {
-    void* const* (*get)(uint32_t version);
+    void* const* (*get)(uint32_t version);  // the table; null where it is older
     const char* (*version)();
 };
 
-void* const* api;
+using Api = void* const*;
 
 // A function of the table, by its place there.
 enum Place {
@@ -51,14 +53,14 @@ enum Place {
 };
 
 template <class R = Status*, class... Arguments>
-R call(Place place, Arguments... arguments) {
+R call(Api api, Place place, Arguments... arguments) {
     return reinterpret_cast<R (*)(Arguments...)>(api[place])(arguments...);
 }
 
 constexpr int INVALID = 2;            // of OrtErrorCode
 constexpr int FLOAT = 1, UINT8 = 2;  // of ONNXTensorElementDataType
 
-Status* refused(const char* why) { return call(CREATE_STATUS, INVALID, why); }
+Status* refused(Api api, const char* why) { return call(api, CREATE_STATUS, INVALID, why); }
 
 struct Operator {
     uint32_t version;
@@ -109,8 +111,9 @@ inline float wide(uint16_t half) {
     float x;
     std::memcpy(&x, &bits, sizeof x);
     x *= 5.192296858534828e33f;
-    std::memcpy(&bits, &x, sizeof x);
-    bits |= sign;
+    uint32_t whole;
+    std::memcpy(&whole, &x, sizeof x);
+    bits = (bits >= 0x7c00u << 13 ? bits | 0x7f800000u : whole) | sign;  // what is no number stays none
     std::memcpy(&x, &bits, sizeof x);
     return x;
 }
@@ -194,10 +197,13 @@ inline void up(const float* h, const uint16_t* b, long rank, long outputs, long 
         float by[4];
         for (int n = 0; n < 4; n++) line[n] = b + std::min(k + n, rank - 1) * outputs, by[n] = k + n < rank ? h[k + n] : 0;
         long o = first;
-        for (; o + W <= last; o += W)
-            store(y + o, load(y + o) + ((by[0] * load(line[0] + o) + by[1] * load(line[1] + o)) + (by[2] * load(line[2] + o) + by[3] * load(line[3] + o))));
+        for (; o + W <= last; o += W) {
+            Floats x = load(y + o);
+            for (int n = 0; n < 4; n++) x += by[n] * load(line[n] + o);
+            store(y + o, x);
+        }
         for (; o < last; o++)
-            y[o] += (by[0] * wide(line[0][o]) + by[1] * wide(line[1][o])) + (by[2] * wide(line[2][o]) + by[3] * wide(line[3][o]));
+            for (int n = 0; n < 4; n++) y[o] += by[n] * wide(line[n][o]);
     }
 }
 
@@ -326,27 +332,33 @@ struct Shape {
     }
 };
 
+struct Kernel {
+    Api api;  // of the onnxruntime that made it: a process may hold two
+    int64_t layer;
+};
+
 Status* compute(void* kernel, Context* context) {
+    auto [api, layer] = *static_cast<Kernel*>(kernel);
     Shape shapes[3];
     void* data[3];
     for (size_t i = 0; i < 3; i++) {
         const Value* given = nullptr;
         int type = 0;
-        if (Status* failed = call(INPUT, (const Context*)context, i, &given)) return failed;
-        if (Status* failed = call(TYPE_AND_SHAPE, given, &type, &shapes[i].sizes, &shapes[i].count)) return failed;
-        if (Status* failed = call(DATA, (Value*)given, &data[i])) return failed;
+        if (Status* failed = call(api, INPUT, (const Context*)context, i, &given)) return failed;
+        if (Status* failed = call(api, TYPE_AND_SHAPE, given, &type, &shapes[i].sizes, &shapes[i].count)) return failed;
+        if (Status* failed = call(api, DATA, (Value*)given, &data[i])) return failed;
     }
     const Shape &x = shapes[0], &product = shapes[1];
-    if (x.rows() != product.rows()) return refused("Lora: other tokens came out of the layer than went in");
+    if (x.rows() != product.rows()) return refused(api, "Lora: other tokens came out of the layer than went in");
     Value* answer = nullptr;
     float* y = nullptr;
-    if (Status* failed = call(OUTPUT, context, size_t(0), product.sizes, product.count, &answer)) return failed;
-    if (Status* failed = call(DATA, answer, (void**)&y)) return failed;
+    if (Status* failed = call(api, OUTPUT, context, size_t(0), product.sizes, product.count, &answer)) return failed;
+    if (Status* failed = call(api, DATA, answer, (void**)&y)) return failed;
     if (y != data[1]) std::memcpy(y, data[1], sizeof(float) * product.rows() * product.last());
     Layer of{(const float*)data[0], y, nullptr, nullptr, 0, x.rows(), x.last(), product.last(), 0, nullptr};
-    if (const char* wrong = find((const uint8_t*)data[2], shapes[2].last(), reinterpret_cast<int64_t>(kernel), of)) return refused(wrong);
-    return add(of, [&](Work* work, long parts, void* on) {
-        return call(PARALLEL, (const Context*)context, work, size_t(parts), size_t(0), on);
+    if (const char* wrong = find((const uint8_t*)data[2], shapes[2].last(), layer, of)) return refused(api, wrong);
+    return add(of, [api = api, context](Work* work, long parts, void* on) {
+        return call(api, PARALLEL, (const Context*)context, work, size_t(parts), size_t(0), on);
     });
 }
 
@@ -366,14 +378,14 @@ Operator described() {
     made.outputs = [](const Operator*) -> size_t { return 1; };
     made.input_kind = made.output_kind = made.memory = zero_of;
     for (auto& one : made.variadic) one = zero;
-    made.create_checked = [](const Operator*, const void*, const Info* info, void** kernel) -> Status* {
-        int64_t layer = 0;
-        Status* failed = call(ATTRIBUTE, info, (const char*)"layer", &layer);
-        *kernel = reinterpret_cast<void*>(layer);  // all that a node has of its own
+    made.create_checked = [](const Operator*, const void* api, const Info* info, void** kernel) -> Status* {
+        Kernel made{static_cast<Api>(api), 0};
+        Status* failed = call(made.api, ATTRIBUTE, info, (const char*)"layer", &made.layer);
+        *kernel = failed ? nullptr : new Kernel(made);
         return failed;
     };
     made.compute_checked = compute;
-    made.destroy = [](void*) {};
+    made.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
     made.first_version = made.last_version = [](const Operator*) { return 1; };
     made.in_place = [](int** inputs, int** outputs) -> size_t {
         *inputs = in_place_input, *outputs = in_place_output;
@@ -402,12 +414,18 @@ const char* slmops_lora(const float* x, float* y, const uint8_t* bytes, int64_t 
 }
 
 Status* RegisterCustomOps(Options* options, const Base* base) {
-    api = base->get(API_VERSION);
-    static Domain* domain = nullptr;
+    Api api = base->get(API_VERSION);
+    if (!api) return refused(base->get(1), "Lora: this onnxruntime is older than 1.24");
+    static std::mutex busy;
+    static std::map<Api, Domain*> domains;  // sessions use one for as long as they live, so it stays
+    std::lock_guard<std::mutex> alone(busy);
+    Domain*& domain = domains[api];
     if (!domain) {
-        if (Status* failed = call(CREATE_DOMAIN, (const char*)"slmops", &domain)) return failed;
-        if (Status* failed = call(ADD_OPERATOR, domain, &LORA)) return failed;
+        Domain* made = nullptr;
+        if (Status* failed = call(api, CREATE_DOMAIN, (const char*)"slmops", &made)) return failed;
+        if (Status* failed = call(api, ADD_OPERATOR, made, &LORA)) return failed;
+        domain = made;
     }
-    return call(ADD_DOMAIN, options, domain);
+    return call(api, ADD_DOMAIN, options, domain);
 }
 }

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from slmops.errors import BadArtifact
 from slmops.graph.lora import A, B
 
 Layers = Sequence[Sequence[tuple[str, Sequence[int]]]]
@@ -97,4 +98,10 @@ def _balanced(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     with np.errstate(divide="ignore", invalid="ignore"):
         powers = np.round(np.log2(largest[1] / largest[0]) / 2)
     powers = np.where(np.isfinite(powers), powers, 0).astype(np.int32)
-    return np.ldexp(a, powers).astype(np.float16), np.ldexp(b, -powers).astype(np.float16), powers
+    with np.errstate(over="ignore"):
+        halves = np.ldexp(a, powers).astype(np.float16), np.ldexp(b, -powers).astype(np.float16)
+    if not all(np.isfinite(side).all() for side in halves):
+        raise BadArtifact(
+            "the adapter has numbers that half precision cannot hold", "train it again: a LoRA pair's product of 1e9 is no fine-tune"
+        )
+    return *halves, powers

@@ -18,7 +18,7 @@ from slmops.training.step.kernels.plain import PLAIN, Attention, Kernels
 
 __all__ = ["PLAIN", "Attention", "Kernels", "kernels_for", "why_not_compiled"]
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE, FLAG = Path(__file__).with_name("kernels.cpp"), "-fopenmp"
 
 
 def kernels_for(like: torch.Tensor, *widths: int) -> Kernels:
@@ -36,7 +36,7 @@ def _found() -> tuple[Kernels, str | None]:
     if switched_off():
         return PLAIN, None
     try:
-        kernels = CompiledKernels(library(SOURCE))
+        kernels = CompiledKernels(library(SOURCE, FLAG))
     except (NotCompiled, AttributeError) as error:
         return PLAIN, str(error)
     reason = disagreement(kernels)
