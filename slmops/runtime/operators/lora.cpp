@@ -137,7 +137,7 @@ struct Header {
     int32_t magic, layers, pairs, nothing;
 };
 
-struct Place64 {
+struct Span {
     int32_t first, count;  // pairs of a layer
 };
 
@@ -241,7 +241,7 @@ inline void tokens_of(const Layer& of, long first, float* h) {
 inline long cut(long n, long part, long parts) { return n * part / parts; }
 
 constexpr long PARTS = 4;
-// What two threads read together sooner than one, which need not wait for another: half a layer of a model of 4 B weights.
+// Fewer are read sooner by one thread, which need not wait for another: a layer of the 135M and of the 0.5B shape at rank 16.
 constexpr long SHARED_NUMBERS = 1 << 18;
 
 void down_part(void* data, size_t part) {
@@ -302,11 +302,11 @@ const char* find(const uint8_t* bytes, int64_t size, int64_t layer, Layer& of) {
     if (!size) return nullptr;
     const Header& header = *reinterpret_cast<const Header*>(bytes);
     if (size < int64_t(sizeof(Header)) || header.magic != MAGIC || header.layers < 0 || header.pairs < 0) return "Lora: these bytes are no adapter";
-    int64_t tables = sizeof(Header) + header.layers * int64_t(sizeof(Place64)) + header.pairs * int64_t(sizeof(Pair));
+    int64_t tables = sizeof(Header) + header.layers * int64_t(sizeof(Span)) + header.pairs * int64_t(sizeof(Pair));
     if (size < tables || layer < 0 || layer >= header.layers) return "Lora: the adapter ends early, or has no such layer";
-    const Place64* places = reinterpret_cast<const Place64*>(bytes + sizeof(Header));
+    const Span* places = reinterpret_cast<const Span*>(bytes + sizeof(Header));
     const Pair* pairs = reinterpret_cast<const Pair*>(places + header.layers);
-    const Place64& own = places[layer];
+    const Span& own = places[layer];
     if (own.first < 0 || own.count < 0 || int64_t(own.first) + own.count > header.pairs) return "Lora: the adapter has no such pairs";
     of.bytes = bytes, of.pairs = pairs + own.first, of.count = own.count;
     for (long p = 0; p < of.count; p++) {
