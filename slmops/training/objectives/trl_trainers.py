@@ -94,8 +94,7 @@ def dpo_trainer(setup: Setup, train: Sequence[Pair], validation: Sequence[Pair],
         base: folder of the model, for the tokenizer that TRL asks for.
         settings: of the run.
     """
-    rate = settings.optimizer.learning_rate or RATE_AGAINST_SFT * setup.arguments.learning_rate
-    arguments = _arguments(DPOConfig, setup.arguments, settings, beta=settings.objective.dpo_beta, learning_rate=rate)
+    arguments = _arguments(DPOConfig, setup.arguments, settings, beta=settings.objective.dpo_beta)
     trainer = _Dpo(
         model=setup.model,
         args=arguments,
@@ -143,6 +142,7 @@ def _with_order(trainer: Any, setup: Setup, train: Sequence[Pair], settings: Fin
 def _arguments(kind: Any, given: Any, settings: FinetuneSettings, **own: Any) -> Any:
     """Return the Trainer's arguments as TRL's, without what TRL would change of its own accord."""
     fixed = {
+        "learning_rate": settings.optimizer.learning_rate or RATE_AGAINST_SFT[settings.objective.objective] * given.learning_rate,
         "max_length": None,
         "gradient_checkpointing": False,
         "bf16": given.bf16,
