@@ -20,8 +20,7 @@ within 3 %, and 14 within 10 %.
 Queries, keys and values stay one pair: their zeros cost less than the four operators that would avoid them.
 
 What is left is the bytes (none of onnxruntime's products reads fewer: docs/libraries.md) and the 300 inputs, which cost 5 % by themselves. An
-operator of our own reads half of them, in one input: 0.88, and prompts 0.91-0.96 of the base's speed (0.71 without it). `save_fast_twin` writes the
-graph, for machines that have it (`slmops.runtime.operators`).
+operator of our own reads half of them, in one input: 0.88, and prompts 0.9 of the base's speed. `save_fast_twin` writes the graph, for machines that have it (`slmops.runtime.operators`).
 """
 
 from __future__ import annotations

@@ -161,6 +161,13 @@ struct Layer {
     const uint16_t* b(const Pair& p) const { return reinterpret_cast<const uint16_t*>(bytes + p.b * UNIT); }
 };
 
+// Each pair of a layer, and where its ranks begin among all of the layer's.
+template <class F>
+inline void each_pair(const Layer& of, F use) {
+    long rank = 0;
+    for (long p = 0; p < of.count; rank += of.pairs[p++].rank) use(of.pairs[p], rank);
+}
+
 // Of M tokens and N ranks: h = x A'. Token by token the same sums, whatever M and N are.
 template <int M, int N>
 inline void down(const float* x, const uint16_t* a, long inputs, float* h, long h_row) {
@@ -227,14 +234,12 @@ inline void ups(const float* h, long h_row, const uint16_t* b, long rank, long o
 
 template <int M>
 inline void tokens_of(const Layer& of, long first, float* h) {
-    long rank = 0;
-    for (long p = 0; p < of.count; rank += of.pairs[p++].rank)
-        down<M>(of.x + first * of.inputs, of.a(of.pairs[p]), of.inputs, 0, of.pairs[p].rank, h + rank, of.ranks);
-    rank = 0;
-    for (long p = 0; p < of.count; rank += of.pairs[p++].rank) {
-        const Pair& pair = of.pairs[p];
+    each_pair(of, [&](const Pair& pair, long rank) {
+        down<M>(of.x + first * of.inputs, of.a(pair), of.inputs, 0, pair.rank, h + rank, of.ranks);
+    });
+    each_pair(of, [&](const Pair& pair, long rank) {
         ups<M>(h + rank, of.ranks, of.b(pair), pair.rank, pair.outputs, of.y + first * of.outputs + pair.first_output, of.outputs);
-    }
+    });
 }
 
 // The part of n things that is its `part`th of some.
@@ -246,21 +251,17 @@ constexpr long SHARED_NUMBERS = 1 << 18;
 
 void down_part(void* data, size_t part) {
     const Layer& of = *static_cast<Layer*>(data);
-    long rank = 0;
-    for (long p = 0; p < of.count; rank += of.pairs[p++].rank) {
-        long n = of.pairs[p].rank;
-        down<1>(of.x, of.a(of.pairs[p]), of.inputs, cut(n, part, PARTS), cut(n, part + 1, PARTS), of.h + rank, of.ranks);
-    }
+    each_pair(of, [&](const Pair& pair, long rank) {
+        down<1>(of.x, of.a(pair), of.inputs, cut(pair.rank, part, PARTS), cut(pair.rank, part + 1, PARTS), of.h + rank, of.ranks);
+    });
 }
 
 void up_part(void* data, size_t part) {
     const Layer& of = *static_cast<Layer*>(data);
-    long rank = 0;
-    for (long p = 0; p < of.count; rank += of.pairs[p++].rank) {
-        const Pair& pair = of.pairs[p];
+    each_pair(of, [&](const Pair& pair, long rank) {
         long lines = pair.outputs / W, first = cut(lines, part, PARTS) * W, last = part + 1 == PARTS ? pair.outputs : cut(lines, part + 1, PARTS) * W;
         up(of.h + rank, of.b(pair), pair.rank, pair.outputs, first, last, of.y + pair.first_output);
-    }
+    });
 }
 
 constexpr long TOKENS = 8;
